@@ -1,0 +1,118 @@
+"""A frozen base model with its tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from workbench.compose import layer_shape
+from workbench.errors import AdapterError, BaseError
+
+__all__ = ["Base", "check_fits"]
+
+
+class Base:
+    """Any causal language model of transformers, frozen, in evaluation mode, with its tokenizer."""
+
+    def __init__(self, model: nn.Module, tokenizer, name: str = ""):
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
+    ) -> Base:
+        """Load a folder or a Hub id; device None takes a GPU where there is one. No remote code is run.
+
+        Raises:
+            BaseError: the model or its tokenizer cannot be loaded, or is an encoder–decoder (not supported yet).
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            if config.is_encoder_decoder:
+                raise BaseError(f"{path} is an encoder–decoder; only causal language models can be used so far")
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).to(device)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        except (OSError, KeyError) as error:
+            raise BaseError(f"no base model could be loaded from {path}: {error}") from error
+        return cls(model, tokenizer, str(path))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """All token ids that end a generation, the tokenizer's own first."""
+        ids = [self.tokenizer.eos_token_id]
+        for source in (self.model.generation_config.eos_token_id, self.model.config.eos_token_id):
+            ids += source if isinstance(source, list) else [source]
+        found = tuple(dict.fromkeys(i for i in ids if i is not None))
+        if not found:
+            raise BaseError(f"{self.name}: neither tokenizer nor configuration names an end-of-sequence token")
+        return found
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Module path → (d_out, d_in), of every linear layer."""
+        found = {name: layer_shape(layer) for name, layer in self.model.named_modules()}
+        return {name: shape for name, shape in found.items() if shape}
+
+    @cached_property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """`shapes` without the output head: the layers that adapters usually target."""
+        head = self.model.get_output_embeddings()
+        return {
+            name: self.shapes[name]
+            for name, layer in self.model.named_modules()
+            if name in self.shapes and layer is not head
+        }
+
+    @cached_property
+    def digest(self) -> str:
+        """Content hash of the weights (sha256, hex), as held; what a stored result is keyed by."""
+        total = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            total.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
+            total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return total.hexdigest()
+
+    @torch.no_grad()
+    def next_token_logits(self, ids: Tensor, keep: int) -> Tensor:
+        """Logits (rows, keep, V) of the last `keep` columns of right-padded ids (rows, T).
+
+        No attention mask is needed: under causal attention no answer position sees the padding behind it.
+        """
+        return self.logits(ids, keep)
+
+    def logits(self, ids: Tensor, keep: int) -> Tensor:
+        """As `next_token_logits`, with gradients."""
+        return self.model(input_ids=ids, logits_to_keep=keep, use_cache=False).logits
+
+
+def check_fits(adapter, shapes: dict[str, tuple[int, int]]) -> None:
+    """Check an adapter against a base's layers.
+
+    Raises:
+        AdapterError: a module that the base lacks, or a shape that disagrees.
+    """
+    for module, factors in adapter.modules.items():
+        got = (factors.B.shape[0], factors.A.shape[1])
+        if module not in shapes:
+            raise AdapterError(f"{adapter.name}: the base has no layer {module}; it was trained for another base")
+        if got != shapes[module]:
+            raise AdapterError(
+                f"{adapter.name}: {module} is {got[0]}×{got[1]}, the base's is {shapes[module][0]}×{shapes[module][1]}"
+            )

@@ -1,0 +1,158 @@
+"""Low-rank updates on a frozen model, as forward hooks: no weight is copied or overwritten.
+
+    with compose(model, {"model.layers.0.self_attn.q_proj": LowRank(B, A, c)}):
+        model(input_ids)                       # y += ((x Aᵀ) ∘ c) Bᵀ in that module
+
+The batch is G groups of rows (contiguous, equally many each). Two forms:
+
+- shared: B (d_out, R), A (R, d_in), and c (C, R): one stack, C candidates, rows split evenly among them;
+- grouped: B (G, d_out, R), A (G, R, d_in), c None or (C, R) with C a multiple of G: each group its own adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from workbench.adapters import Adapter
+from workbench.errors import AdapterError, BaseError, MergeError
+from workbench.stack import Stack
+
+__all__ = ["LowRank", "compose", "grouped", "shared", "slice_groups"]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One module's update for a batch of rows; see the module's docstring for the shapes."""
+
+    B: Tensor
+    A: Tensor
+    c: Tensor | None = None
+
+    @property
+    def groups(self) -> int:
+        """How many groups of rows it tells apart (1: all rows alike)."""
+        return max(self.B.shape[0] if self.B.ndim == 3 else 1, 1 if self.c is None else self.c.shape[0])
+
+    def apply(self, x: Tensor, y: Tensor) -> Tensor:
+        """y + ((x Aᵀ) ∘ c) Bᵀ for x (rows, …, d_in), y (rows, …, d_out); in place on y where no gradient is taken."""
+        stacks = self.B.shape[0] if self.B.ndim == 3 else 1
+        if x.shape[0] % self.groups:
+            raise MergeError(f"{x.shape[0]} rows cannot be split evenly among {self.groups} groups")
+        a, b = self.A.to(x.dtype).mT, self.B.to(x.dtype).mT
+        h = x.reshape(stacks, -1, x.shape[-1]) @ a if self.B.ndim == 3 else x.reshape(-1, x.shape[-1]) @ a
+        if self.c is not None:
+            split = h.reshape(self.c.shape[0], -1, h.shape[-1])
+            c = self.c.to(x.dtype)[:, None]
+            h = (split * c if torch.is_grad_enabled() else split.mul_(c)).reshape(h.shape)
+        flat = y.reshape(*h.shape[:-1], y.shape[-1])
+        if torch.is_grad_enabled():
+            out = torch.baddbmm(flat, h, b) if self.B.ndim == 3 else torch.addmm(flat, h, b)
+        else:
+            out = flat.baddbmm_(h, b) if self.B.ndim == 3 else flat.addmm_(h, b)
+        return out.reshape(y.shape)
+
+
+def grouped(adapters: Sequence[Adapter], device: str | torch.device = "cpu") -> dict[str, LowRank]:
+    """Each adapter for its own group of rows: factors stacked, ranks filled up with zeros, absent modules zero."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for adapter in adapters:
+        for module, factors in adapter.modules.items():
+            shape = (factors.B.shape[0], factors.A.shape[1])
+            if shapes.setdefault(module, shape) != shape:
+                raise AdapterError(
+                    f"{adapter.name}: {module} is {shape[0]}×{shape[1]}, expected {shapes[module][0]}×{shapes[module][1]}"
+                )
+    updates = {}
+    for module, (d_out, d_in) in shapes.items():
+        rank = max(a.modules[module].rank for a in adapters if module in a.modules)
+        B, A = torch.zeros(len(adapters), d_out, rank), torch.zeros(len(adapters), rank, d_in)
+        for g, adapter in enumerate(adapters):
+            factors = adapter.modules.get(module)
+            if factors is not None:
+                B[g, :, : factors.rank], A[g, : factors.rank] = factors.B, factors.A
+        updates[module] = LowRank(B.to(device), A.to(device))
+    return updates
+
+
+def shared(stack: Stack, coefficients: Tensor) -> dict[str, LowRank]:
+    """One stack under C candidates' coefficients: (C, N) one per adapter, or (C, M, N) one per module and adapter.
+
+    Raises:
+        MergeError: coefficients of the wrong length.
+    """
+    n, m = len(stack), len(stack.modules)
+    if (
+        coefficients.ndim not in (2, 3)
+        or coefficients.shape[-1] != n
+        or (coefficients.ndim == 3 and coefficients.shape[1] != m)
+    ):
+        raise MergeError(
+            f"expected coefficients (candidates, {n}) or (candidates, {m}, {n}) for {n} adapters and {m} modules, got {tuple(coefficients.shape)}"
+        )
+    per_module = coefficients[:, None].expand(-1, m, -1) if coefficients.ndim == 2 else coefficients
+    per_module = per_module.to(stack.device)
+    return {module: LowRank(u.B, u.A, per_module[:, i].index_select(1, u.owner)) for i, (module, u) in enumerate(stack)}
+
+
+def slice_groups(updates: Mapping[str, LowRank], start: int, stop: int, total: int) -> dict[str, LowRank]:
+    """The updates of groups start … stop of `total` (multiples of the candidates per stack in the grouped form)."""
+    out = {}
+    for module, update in updates.items():
+        c = update.c
+        if c is not None and c.shape[0] > 1:
+            per = total // c.shape[0]
+            c = c[start // per : -(-stop // per)]
+        if update.B.ndim == 3:
+            per = total // update.B.shape[0]
+            update = replace(
+                update, B=update.B[start // per : -(-stop // per)], A=update.A[start // per : -(-stop // per)]
+            )
+        out[module] = replace(update, c=c)
+    return out
+
+
+@contextmanager
+def compose(model: nn.Module, updates: Mapping[str, LowRank]) -> Iterator[nn.Module]:
+    """Add the updates to the named modules' outputs while the context is open; nothing is left behind, on an error too.
+
+    Works on anything whose output is (rows, …, d_out) for an input (rows, …, d_in): Linear, Conv1D, quantised layers.
+
+    Raises:
+        BaseError: a module that the model does not have.
+        AdapterError: factors that do not fit the module.
+    """
+    found = dict(model.named_modules())
+    absent = [module for module in updates if module not in found]
+    if absent:
+        raise BaseError(
+            f"{len(absent)} of {len(updates)} modules are not in this base, such as {absent[0]!r}; are the adapters of another base?"
+        )
+    handles = []
+    try:
+        for name, update in updates.items():
+            expected, got = layer_shape(found[name]), (update.B.shape[-2], update.A.shape[-1])
+            if expected and got != expected:
+                raise AdapterError(
+                    f"{name}: an update of {got[0]}×{got[1]} does not fit a layer of {expected[0]}×{expected[1]}"
+                )
+            handles.append(
+                found[name].register_forward_hook(lambda _, args, y, update=update: update.apply(args[0], y))
+            )
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def layer_shape(layer: nn.Module) -> tuple[int, int] | None:
+    """(d_out, d_in) of a linear layer of any make; None where it has no such thing."""
+    if hasattr(layer, "out_features") and hasattr(layer, "in_features"):
+        return layer.out_features, layer.in_features
+    if hasattr(layer, "nf") and hasattr(layer, "nx"):  # transformers' Conv1D
+        return layer.nf, layer.nx
+    return None

@@ -1,0 +1,199 @@
+"""Loss and exact match on examples, for one model or for many candidates in one pass, with the tokens spent.
+
+Exact match needs no generation: under greedy decoding the target's token ids come out exactly when each of them, and a
+stop token behind them where the target is shorter than the limit, is the arg-max under teacher forcing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from workbench.base import Base
+from workbench.compose import LowRank, compose, slice_groups
+from workbench.errors import MergeError, TaskError
+from workbench.tasks import Example, Task
+
+__all__ = ["Encoded", "Packed", "Scores", "encode", "encode_task", "evaluate", "row_losses", "score"]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt's and an answer's token ids; the answer ends in a stop token unless it fills the limit."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    reachable: bool = True  # a target longer than the limit never matches
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """loss (G, N): mean cross-entropy over answer tokens, nats; match (G, N): exact match; tokens: all that were fed."""
+
+    loss: Tensor
+    match: Tensor
+    tokens: int
+
+    @property
+    def accuracy(self) -> Tensor:
+        """(G,) share of exact matches."""
+        return self.match.float().mean(1)
+
+
+def encode(base: Base, prompt: str, target: str, limit: int = 64) -> Encoded:
+    """Tokenise a prompt and, apart from it, its target.
+
+    Raises:
+        TaskError: an empty prompt or target, or characters that the tokenizer does not know.
+    """
+    tokenizer = base.tokenizer
+    head = tokenizer(prompt)["input_ids"]
+    if (
+        tokenizer.eos_token_id is not None
+        and head
+        and head[-1] == tokenizer.eos_token_id
+        and not prompt.endswith(tokenizer.eos_token)
+    ):
+        head = head[:-1]  # tokenizers that end every text with a stop token (T5's)
+    body = tokenizer(target, add_special_tokens=False)["input_ids"]
+    if not head or not body:
+        raise TaskError(
+            f"nothing to score: the {'prompt' if not head else 'target'} of {prompt[-60:]!r} → {target!r} has no tokens"
+        )
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in body:
+        raise TaskError(f"the tokenizer of {base.name} does not know every character of the target {target!r}")
+    stop = [base.stop_ids[0]] if len(body) < limit else []
+    return Encoded(tuple(head), tuple(body + stop), len(body) <= limit)
+
+
+def encode_task(base: Base, task: Task, examples: Sequence[Example], *, shots: int = 0, seed: int = 0) -> list[Encoded]:
+    """Encode a task's examples; `shots` puts that many of the training examples before each, drawn under the seed.
+
+    Raises:
+        TaskError: more demonstrations than training examples.
+    """
+    if shots > len(task.train):
+        raise TaskError(f"{task.name}: {shots} demonstrations asked for, but only {len(task.train)} training examples")
+    rng = random.Random(f"{task.name}|shots|{seed}")
+    return [
+        encode(base, task.prompt(e, rng.sample(task.train, shots) if shots else ()), e.target, task.max_new_tokens)
+        for e in examples
+    ]
+
+
+class Packed:
+    """Encoded examples as right-padded tensors, from which any rows make a batch for `Base.logits(ids, keep)`."""
+
+    def __init__(self, rows: Sequence[Encoded], device: torch.device | str):
+        longest = max(len(row) for row in rows)
+        ids = np.zeros((len(rows), longest), np.int32)
+        labels = np.full((len(rows), longest), -100, np.int32)
+        for i, row in enumerate(rows):
+            start, end = len(row.prompt), len(row)
+            ids[i, :start], ids[i, start:end] = row.prompt, row.answer
+            labels[i, start - 1 : end - 1] = row.answer  # the logits one place before predict it
+        self.ids, self.labels = torch.from_numpy(ids).to(device), torch.from_numpy(labels).to(device)
+        self.starts, self.lengths = np.array([len(row.prompt) for row in rows]), np.array([len(row) for row in rows])
+
+    def batch(self, index: np.ndarray) -> tuple[Tensor, Tensor, int]:
+        """ids (rows, T), labels (rows, keep) with −100 outside answers, and keep; padding trimmed to these rows."""
+        length = int(self.lengths[index].max())
+        keep = length - int(self.starts[index].min()) + 1
+        where = torch.from_numpy(index).to(self.ids.device)
+        return self.ids[where, :length].long(), self.labels[where, length - keep : length].long(), keep
+
+
+def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row: summed cross-entropy over answer tokens (fp32) and their number."""
+    losses = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none").view(
+        labels.shape
+    )
+    return losses.sum(1), (labels != -100).sum(1)
+
+
+@torch.no_grad()
+def score(
+    base: Base,
+    groups: Sequence[Sequence[Encoded]],
+    updates: Mapping[str, LowRank] | None = None,
+    *,
+    max_tokens: int | None = None,
+) -> Scores:
+    """Score G groups of N examples each; group g under the g-th group of the updates.
+
+    For a population of candidates on the same examples, repeat the list. Batches hold at most `max_tokens` tokens,
+    padding included (default 16,384 on a processor, 524,288 on a GPU).
+
+    Raises:
+        MergeError: groups of unequal size, or updates that cannot be split among them.
+    """
+    total = len(groups)
+    if not total or len({len(group) for group in groups}) != 1 or not len(groups[0]):
+        raise MergeError(f"expected groups of equally many examples, got sizes {sorted({len(g) for g in groups})}")
+    count = len(groups[0])
+    told = max((update.groups for update in (updates or {}).values()), default=1)
+    if told > 1 and total % told:
+        raise MergeError(f"{total} groups of examples cannot be split among {told} candidates")
+    budget = max_tokens or (524_288 if base.device.type == "cuda" else 16_384)
+    lists = {id(group): group for group in groups}
+    first = dict(zip(lists, np.cumsum([0, *[count] * (len(lists) - 1)]).tolist(), strict=True))
+    rows = [row for group in lists.values() for row in group]
+    packed, reach = Packed(rows, base.device), torch.tensor([row.reachable for row in rows])
+    order = np.stack([np.argsort(packed.lengths[first[id(g)] : first[id(g)] + count], kind="stable") for g in groups])
+    places = order + np.array([first[id(group)] for group in groups])[:, None]
+    longest = int(packed.lengths.max())
+    stacks = max((u.B.shape[0] for u in (updates or {}).values() if u.B.ndim == 3), default=1)
+    unit = total // max(stacks, 1) if stacks > 1 else (total // told if told > 1 else 1)
+    chunk = max(unit, min(total, budget // longest) // unit * unit)
+    loss, match, tokens = torch.zeros(total, count), torch.zeros(total, count, dtype=torch.bool), 0
+    for start in range(0, total, chunk):
+        stop = min(total, start + chunk)
+        step = max(1, budget // ((stop - start) * longest))
+        part = slice_groups(updates, start, stop, total) if updates and told > 1 else updates
+        with compose(base.model, part) if part else nullcontext():
+            for at in range(0, count, step):
+                index = places[start:stop, at : at + step]
+                ids, labels, keep = packed.batch(index.reshape(-1))
+                tokens += int(packed.lengths[index].sum())
+                logits = base.next_token_logits(ids, keep)
+                sums, counts = row_losses(logits, labels)
+                right = _answers_right(logits.argmax(-1), labels, base.stop_ids).cpu()
+                where = torch.arange(start, stop)[:, None], torch.from_numpy(order[start:stop, at : at + step])
+                loss[where] = (sums / counts).cpu().view(index.shape)
+                match[where] = (right & reach[index.reshape(-1)]).view(index.shape)
+    return Scores(loss, match, tokens)
+
+
+def _answers_right(best: Tensor, labels: Tensor, stops: Sequence[int]) -> Tensor:
+    """(rows,) every answer token is the arg-max; where a stop token is due, any stop token will do."""
+    right = (best == labels) | (labels == -100)
+    if len(stops) > 1:
+        ends = torch.tensor(stops, device=best.device)
+        last = (labels != -100) & (torch.cumsum((labels != -100).flip(1), 1).flip(1) == 1)
+        right |= last & torch.isin(labels, ends) & torch.isin(best, ends)
+    return right.all(1)
+
+
+def evaluate(
+    base: Base,
+    task: Task,
+    updates: Mapping[str, LowRank] | None = None,
+    *,
+    split: str = "test",
+    shots: int = 0,
+    seed: int = 0,
+) -> Scores:
+    """Score a task's split under updates of one or more groups (None: the base alone, zero-shot or in context)."""
+    examples = encode_task(base, task, getattr(task, split), shots=shots, seed=seed)
+    told = max((update.groups for update in (updates or {}).values()), default=1)
+    return score(base, [examples] * told, updates)

@@ -1,0 +1,346 @@
+"""Trains the bundled laboratory: `python -m workbench.nano.forge --preset nano --out FOLDER` (one seeded command).
+
+The base first (named tasks and unnamed demonstrations, loss on answers), then every adapter of the pool at once over the
+stack. Writes base/, adapters/NAME/, forge.json (recipe, log, held-out accuracies).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from workbench.adapt.fresh import PROJECTIONS, Plan, train_fresh
+from workbench.adapt.gradient import Curves, Schedule, cosine_rate
+from workbench.adapters import Adapter
+from workbench.base import Base
+from workbench.card import model_card
+from workbench.compose import grouped
+from workbench.evaluate import encode_task, evaluate, score
+from workbench.nano import world
+from workbench.nano.shelf import make_tokenizer
+
+__all__ = ["PRESETS", "Preset", "forge", "new_model", "train_base", "train_pool"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Everything that determines a laboratory, but for the machine it is trained on."""
+
+    name: str
+    hidden: int = 128
+    layers: int = 4
+    heads: int = 8
+    kv_heads: int = 4
+    intermediate: int = 352
+    documents: int = 1_500_000
+    tokens_per_step: int = 131_072
+    base_steps: int = 8000
+    base_lr: float = 2e-3
+    operations: tuple[str, ...] = tuple(world.BASE_OPS)
+    latent: tuple[str, ...] = tuple(world.LATENT_OPS)
+    upstream: int = len(world.UPSTREAM)
+    examples: int = 4000
+    adapter: Schedule = Schedule(steps=400, lr=3e-3, batch=48, every=50)
+    seed: int = 0
+
+
+PRESETS = {
+    "nano": Preset("nano"),
+    "tiny": Preset(
+        "tiny",
+        hidden=32,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        intermediate=64,
+        documents=6000,
+        tokens_per_step=8192,
+        base_steps=150,
+        base_lr=1e-2,
+        operations=("first", "last", "double", "count"),
+        latent=("ends",),
+        upstream=6,
+        examples=200,
+        adapter=Schedule(steps=30, lr=1e-2, batch=16, every=10),
+    ),
+}
+_RANKS, _RATIOS = (2, 4, 8, 8, 16, 4, 8, 16, 8, 2, 4, 32), (1.0, 2.0, 2.0, 0.5, 2.0, 1.0)
+
+
+def plan_of(i: int) -> Plan:
+    """The i-th adapter's rank, α/r, rslora and targets: as mixed as the Hub's (recycling study, pool statistics)."""
+    targets = ("q_proj", "v_proj") if i % 9 == 4 else PROJECTIONS[:4] if i % 9 == 7 else PROJECTIONS
+    ratio, rank, rslora = _RATIOS[(i // 2) % len(_RATIOS)], _RANKS[i % len(_RANKS)], i % 10 == 6
+    return Plan(rank, ratio, rslora, targets)
+
+
+def seen_by_name(preset: Preset) -> tuple[list[world.Spec], list[world.Spec]]:
+    """(seen, unseen): 70 % of operation × domain × base format are trained by name, the rest is held out."""
+    every = [
+        world.Spec(op, domain, fmt)
+        for op in preset.operations
+        for domain in world.DOMAINS
+        for fmt in world.BASE_FORMATS
+    ]
+    rng = random.Random(f"named|{preset.seed}")
+    unseen = set(rng.sample(range(len(every)), round(0.3 * len(every))))
+    return [s for i, s in enumerate(every) if i not in unseen], [s for i, s in enumerate(every) if i in unseen]
+
+
+def new_model(preset: Preset, tokenizer):
+    """A Llama of the preset's size with weights drawn under its seed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=preset.hidden,
+        num_hidden_layers=preset.layers,
+        num_attention_heads=preset.heads,
+        num_key_value_heads=preset.kv_heads,
+        intermediate_size=preset.intermediate,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(preset.seed)
+    return LlamaForCausalLM(config)
+
+
+def _documents(job: tuple[int, int, list, list, str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Flat token ids, answer mask and document lengths; 40 % named single lines, 60 % unnamed with 1–5 demonstrations."""
+    seed, count, named, shown, alphabet = job
+    rng = random.Random(f"documents|{seed}")
+    code = {character: i for i, character in enumerate(alphabet)}
+    ids, mask, lengths = [], [], []
+    for _ in range(count):
+        size = len(ids)
+        if rng.random() < 0.4:
+            spec, lines = rng.choice(named), 1
+        else:
+            spec, lines = rng.choice(shown), rng.randint(2, 6)
+        for line in range(lines):
+            items = world.sample_input(spec, rng)
+            head = f"{spec.instruction}: " * (lines == 1) + " ".join(items) + " = "
+            answer = spec.answer(items) + "\n"
+            ids += [code[c] for c in head + answer]
+            mask += [0] * len(head) + [int(lines == 1 or line > 0)] * len(answer)
+        lengths.append(len(ids) - size)
+    return np.array(ids, np.uint8), np.array(mask, np.uint8), np.array(lengths, np.int32)
+
+
+def _corpus(preset: Preset, alphabet: str, workers: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    named, _ = seen_by_name(preset)
+    shown = [
+        world.Spec(op, domain, fmt)
+        for op in preset.operations + preset.latent
+        for domain in world.DOMAINS
+        for fmt in world.BASE_FORMATS
+    ]
+    parts = 64
+    jobs = [(preset.seed * parts + i, preset.documents // parts + 1, named, shown, alphabet) for i in range(parts)]
+    if workers > 1:
+        with ProcessPoolExecutor(workers) as pool:
+            done = list(pool.map(_documents, jobs))
+    else:
+        done = [_documents(job) for job in jobs]
+    return tuple(np.concatenate(column) for column in zip(*done, strict=True))
+
+
+def train_base(preset: Preset, device: str = "cpu", *, workers: int = 1, say=print) -> tuple[Base, list[dict]]:
+    """Train the base; returns it and its log (step, loss, seconds)."""
+    tokenizer = make_tokenizer()
+    alphabet = "".join(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))[2:])
+    start = time.perf_counter()
+    flat, mask, lengths = _corpus(preset, "\0\1" + alphabet, workers)
+    say(f"{len(lengths):,} documents, {len(flat):,} tokens in {time.perf_counter() - start:.0f} s")
+    offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths[:-1], dtype=np.int64)])).to(device)
+    flat = torch.from_numpy(np.concatenate([flat, np.zeros(2048, np.uint8)])).to(device)
+    mask = torch.from_numpy(np.concatenate([mask, np.zeros(2048, np.uint8)])).to(device)
+    model = new_model(preset, tokenizer).to(device).train()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=preset.base_lr, betas=(0.9, 0.98), weight_decay=0.05)
+    shape = Schedule(steps=preset.base_steps, lr=preset.base_lr, warmup=0.03)
+    batches, log = _batches(lengths, preset.tokens_per_step, np.random.default_rng(preset.seed)), []
+    for step in range(preset.base_steps):
+        chosen = next(batches)
+        size = torch.from_numpy(lengths[chosen]).to(device)
+        where = offsets[torch.from_numpy(chosen).to(device), None] + torch.arange(
+            int(lengths[chosen].max()), device=device
+        )
+        inside = torch.arange(where.shape[1], device=device) < size[:, None]
+        ids, answers = flat[where].long() * inside, mask[where].bool() & inside
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][answers[:, 1:]]
+            loss = cross_entropy(model.lm_head(hidden).float(), ids[:, 1:][answers[:, 1:]])
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimiser.param_groups:
+            group["lr"] = preset.base_lr * cosine_rate(step, shape)
+        optimiser.step()
+        if step % max(1, preset.base_steps // 40) == 0 or step + 1 == preset.base_steps:
+            log.append({"step": step, "loss": round(loss.item(), 4), "seconds": round(time.perf_counter() - start, 1)})
+            say(f"base step {step}: loss {log[-1]['loss']}, {log[-1]['seconds']} s")
+    return Base(model, tokenizer, preset.name), log
+
+
+def _batches(lengths: np.ndarray, budget: int, rng: np.random.Generator):
+    """Endless batches of documents of like length, at most `budget` tokens with padding; every epoch in another order."""
+    while True:
+        order = rng.permutation(len(lengths))
+        cuts = []
+        for part in np.array_split(order, max(1, len(order) // 50_000)):
+            part = part[np.argsort(lengths[part], kind="stable")]
+            start = 0
+            while start < len(part):
+                longest, stop = 0, start
+                while stop < len(part) and max(longest, lengths[part[stop]]) * (stop - start + 1) <= budget:
+                    longest, stop = max(longest, int(lengths[part[stop]])), stop + 1
+                cuts.append(part[start : max(stop, start + 1)])
+                start = max(stop, start + 1)
+        for i in rng.permutation(len(cuts)):
+            yield cuts[i]
+
+
+def train_pool(
+    base: Base, specs: Sequence[world.Spec], plans: Sequence[Plan], preset: Preset, seeds: Sequence[int]
+) -> tuple[list[Adapter], Curves]:
+    """Train one adapter per upstream task, all at once."""
+    tasks = [world.make_task(spec, n_train=preset.examples, n_validation=50, n_test=1) for spec in specs]
+    adapters, curves = train_fresh(
+        base,
+        [spec.slug for spec in specs],
+        [encode_task(base, task, task.train) for task in tasks],
+        [encode_task(base, task, task.validation) for task in tasks],
+        preset.adapter,
+        seeds=seeds,
+        plans=plans,
+        autocast=base.device.type == "cuda",
+    )
+    return [
+        replace(adapter, info={"task": spec.instruction}) for adapter, spec in zip(adapters, specs, strict=True)
+    ], curves
+
+
+def report_base(base: Base, preset: Preset, per_task: int = 100) -> dict[str, float]:
+    """Held-out exact match of the base: named seen and unseen, in context by number of demonstrations, latent by name."""
+    seen, unseen = seen_by_name(preset)
+
+    def by_name(specs):
+        return float(np.mean([float(evaluate(base, world.make_task(s, n_test=per_task)).accuracy) for s in specs]))
+
+    def in_context(operations, shots):
+        specs = [world.Spec(op, domain) for op in operations for domain in ("months", "animals", "letters")]
+        tasks = [world.make_task(spec, n_test=per_task) for spec in specs]
+        groups = [encode_task(base, task, task.test, shots=shots) for task in tasks]
+        return float(score(base, groups).accuracy.mean())
+
+    rows = {"named, seen": by_name(seen), "named, unseen combination": by_name(unseen)}
+    for shots in (1, 3, 5):
+        rows[f"in context, {shots} shown, named operations"] = in_context(preset.operations, shots)
+        rows[f"in context, {shots} shown, latent operations"] = in_context(preset.latent, shots)
+    rows["latent, by name"] = by_name(
+        [world.Spec(op, d) for op in preset.latent for d in ("months", "animals", "letters")]
+    )
+    return {key: round(value, 4) for key, value in rows.items()}
+
+
+def forge(preset: Preset, out: Path, device: str = "cpu", *, workers: int = 1, say=print) -> dict:
+    """Train base and pool and write them under `out`; returns the report that is also stored there."""
+    base, log = train_base(preset, device, workers=workers, say=say)
+    base.model.to(torch.bfloat16).save_pretrained(out / "base")
+    base.tokenizer.save_pretrained(out / "base")
+    base = Base.load(out / "base", device=device)  # what is shipped, rounded to bf16, is what the pool is trained on
+    base.name = f"workbench/{preset.name}-base"
+    report = {
+        "preset": asdict(preset),
+        "torch": torch.__version__,
+        "device": device if device == "cpu" else torch.cuda.get_device_name(),
+        "parameters": sum(p.numel() for p in base.model.parameters()),
+        "base": report_base(base, preset, 20 if preset.name == "tiny" else 100),
+        "log": log,
+    }
+    say(json.dumps(report["base"], indent=1))
+    specs = list(world.UPSTREAM[:: max(1, len(world.UPSTREAM) // preset.upstream)][: preset.upstream])
+    plans, seeds = [plan_of(i) for i in range(len(specs))], [1000 * preset.seed + i for i in range(len(specs))]
+    start = time.perf_counter()
+    adapters, curves = train_pool(base, specs, plans, preset, seeds)
+    say(f"{len(adapters)} adapters in {time.perf_counter() - start:.0f} s")
+    report["pool_seconds"] = round(time.perf_counter() - start, 1)
+    report["pool"] = {}
+    for g, (adapter, spec) in enumerate(zip(adapters, specs, strict=True)):
+        task = world.make_task(spec, n_test=500 if preset.name != "tiny" else 20)
+        adapter = save_stranger(adapter, plans[g], out / "adapters" / adapter.name)
+        after = float(evaluate(base, task, grouped([adapter], base.device)).accuracy)
+        before = float(evaluate(base, task).accuracy)
+        report["pool"][adapter.name] = {
+            "zero_shot": before,
+            "accuracy": after,
+            "validation": [round(float(v), 4) for v in curves.validation[:, g]],
+            **asdict(plans[g]),
+        }
+    say(
+        f"pool: own task {np.mean([r['accuracy'] for r in report['pool'].values()]):.3f}, zero-shot {np.mean([r['zero_shot'] for r in report['pool'].values()]):.3f}"
+    )
+    (out / "base" / "README.md").write_text(_base_card(report), encoding="utf-8")
+    (out / "forge.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def save_stranger(adapter: Adapter, plan: Plan, folder: Path) -> Adapter:
+    """Write an adapter as its author would have: raw factors in bf16, its own α and rslora; returns what reads back."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for module, f in adapter.modules.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = f.A.to(torch.bfloat16).contiguous()
+        tensors[f"base_model.model.{module}.lora_B.weight"] = f.raw_B.to(torch.bfloat16).contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    alpha = plan.ratio * plan.rank
+    config = adapter.peft_config() | {
+        "r": plan.rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "use_rslora": plan.rslora,
+        "target_modules": list(plan.targets),
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(model_card(adapter), encoding="utf-8")
+    return Adapter.load(folder)
+
+
+def _base_card(report: dict) -> str:
+    rows = "\n".join(f"| {key} | {value:.3f} |" for key, value in report["base"].items())
+    return (
+        f"---\nlibrary_name: transformers\ntags:\n- workbench\n---\n\n# The base of the {report['preset']['name']} laboratory\n\n"
+        f"A Llama of {report['parameters']:,} parameters, trained by `python -m workbench.nano.forge --preset {report['preset']['name']}` "
+        f"on short list puzzles (see `workbench.nano.world`).\n\n| held-out exact match | |\n|---|---|\n{rows}\n"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: one preset, one folder."""
+    parser = argparse.ArgumentParser(description="Train the bundled laboratory.")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="tiny")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=1)
+    args = parser.parse_args(argv)
+    forge(PRESETS[args.preset], args.out, args.device, workers=args.workers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""The one idea: a pool of adapters is, module by module, a stack of rank-one units.
+
+    units = Units(B, A, owner)     # B (d_out, R), A (R, d_in), owner (R,): unit j is B[:, j] A[j, :], of adapter owner[j]
+    stack = Stack.of(adapters)     # module → Units, and the adapters' names
+
+A merge maps a stack to an update; similarity, controls and clusters read the same type. The algebra here works on the
+factors: no ΔW is formed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from workbench.adapters import Adapter, Factors
+from workbench.errors import AdapterError, MergeError, SelectionError
+
+__all__ = ["CANONICAL", "Stack", "Units", "canonical", "cosine", "factored_svd", "gram"]
+
+CANONICAL = ("raw", "balanced", "svd", "outer")
+
+
+@dataclass(frozen=True)
+class Units:
+    """The rank-one units of one module: B (d_out, R), A (R, d_in), owner (R,) int64, scale (R,) the s folded into B."""
+
+    B: Tensor
+    A: Tensor
+    owner: Tensor
+    scale: Tensor
+
+    def __len__(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of the module."""
+        return self.B.shape[0], self.A.shape[1]
+
+    def of(self, adapter: int) -> Units:
+        """The units of one adapter (perhaps none)."""
+        return self[self.owner == adapter]
+
+    def __getitem__(self, index) -> Units:
+        return Units(self.B[:, index], self.A[index], self.owner[index], self.scale[index])
+
+    def ranks(self, n: int) -> Tensor:
+        """(n,) number of units of each adapter; 0 where it does not have the module."""
+        return torch.bincount(self.owner, minlength=n)
+
+    def times(self, coefficients: Tensor) -> Tensor:
+        """B with column j multiplied by coefficient j, (d_out, R)."""
+        return self.B * coefficients.to(self.B)
+
+    def delta(self, coefficients: Tensor | None = None) -> Tensor:
+        """Σ_j c_j b_j a_j, dense (d_out, d_in)."""
+        return (self.B if coefficients is None else self.times(coefficients)) @ self.A
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Module → `Units`, over the adapters `names` (owner indexes into them)."""
+
+    names: tuple[str, ...]
+    modules: dict[str, Units]
+    base: str = ""
+
+    @classmethod
+    def of(cls, adapters: Sequence[Adapter]) -> Stack:
+        """Stack adapters of any mix of ranks and targets.
+
+        Raises:
+            SelectionError: no adapters, or two of one name.
+            AdapterError: two adapters disagree about a module's shape, or name different bases.
+        """
+        adapters = list(adapters)
+        if not adapters:
+            raise SelectionError("the selection is empty: a stack needs at least one adapter")
+        names = tuple(adapter.name for adapter in adapters)
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise SelectionError(f"adapter names must differ; given more than once: {', '.join(twice)}")
+        bases = {adapter.base: adapter.name for adapter in reversed(adapters) if adapter.base}
+        if len(bases) > 1:
+            said = "; ".join(f"{name} is of {base!r}" for base, name in bases.items())
+            raise AdapterError(f"adapters of different bases cannot be stacked: {said}")
+        parts: dict[str, list[tuple[int, Factors]]] = {}
+        for index, adapter in enumerate(adapters):
+            for module, factors in adapter.modules.items():
+                parts.setdefault(module, []).append((index, factors))
+        modules = {}
+        for module in sorted(parts, key=_natural):
+            first_index, first = parts[module][0]
+            for index, factors in parts[module]:
+                got, want = (factors.B.shape[0], factors.A.shape[1]), (first.B.shape[0], first.A.shape[1])
+                if got != want:
+                    raise AdapterError(
+                        f"{names[index]}: {module} is {got[0]}×{got[1]}, but {want[0]}×{want[1]} in {names[first_index]}; "
+                        "they are of different bases"
+                    )
+            owner = [torch.full((f.rank,), i) for i, f in parts[module]]
+            scale = [torch.full((f.rank,), f.scale) for _, f in parts[module]]
+            modules[module] = Units(
+                torch.cat([f.B for _, f in parts[module]], 1),
+                torch.cat([f.A for _, f in parts[module]]),
+                torch.cat(owner).to(first.A.device),
+                torch.cat(scale).to(first.A.device),
+            )
+        return cls(names, modules, next(iter(bases), ""))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[tuple[str, Units]]:
+        return iter(self.modules.items())
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.modules.values())).A.device
+
+    def to(self, device: str | torch.device) -> Stack:
+        moved = {m: Units(u.B.to(device), u.A.to(device), u.owner.to(device), u.scale.to(device)) for m, u in self}
+        return replace(self, modules=moved)
+
+    def index(self, name: str) -> int:
+        if name not in self.names:
+            raise SelectionError(f"no adapter {name!r} in this stack of {len(self)}")
+        return self.names.index(name)
+
+    def adapter(self, which: int | str) -> Adapter:
+        """One adapter out of the stack again."""
+        i = self.index(which) if isinstance(which, str) else which
+        modules = {}
+        for module, units in self:
+            own = units.of(i)
+            if len(own):
+                modules[module] = Factors(own.B.contiguous(), own.A.contiguous(), float(own.scale[0]))
+        return Adapter(self.names[i], modules, self.base)
+
+    def choose(self, which: Sequence[str | int]) -> Stack:
+        """The stack of some of the adapters, in the order given."""
+        if not len(which):
+            raise SelectionError("the selection is empty: choose at least one adapter")
+        return Stack.of([self.adapter(w) for w in which])
+
+    def ranks(self) -> Tensor:
+        """(N, M) rank of each adapter in each module; 0 where absent."""
+        return torch.stack([units.ranks(len(self)) for units in self.modules.values()], 1)
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        return {module: units.shape for module, units in self}
+
+    def gram(self) -> Tensor:
+        """(N, N) of ⟨ΔW_i, ΔW_j⟩ summed over modules, fp32."""
+        return sum(gram(units, len(self)) for units in self.modules.values())
+
+    def norms(self) -> Tensor:
+        """(N,) ‖ΔW_i‖_F over all modules."""
+        return self.gram().diagonal().clamp_min(0).sqrt()
+
+    def digest(self) -> str:
+        """Content hash over the adapters in order (names excluded)."""
+        return hashlib.sha256("".join(self.adapter(i).digest() for i in range(len(self))).encode()).hexdigest()
+
+    def weights(self, weights: Mapping[str, float] | Sequence[float] | Tensor | None) -> Tensor:
+        """(N,) fp32 weights in the stack's order; None is all ones.
+
+        Raises:
+            MergeError: the wrong number of weights, an unknown name, or a value that is not finite.
+        """
+        n = len(self)
+        if weights is None:
+            return torch.ones(n)
+        if isinstance(weights, Mapping):
+            unknown = sorted(set(weights) - set(self.names))
+            if unknown:
+                raise MergeError(f"weights name adapters that are not in the stack: {', '.join(unknown)}")
+            weights = [weights.get(name, 0.0) for name in self.names]
+        out = torch.as_tensor(weights, dtype=torch.float32)
+        if out.shape != (n,):
+            raise MergeError(
+                f"expected {n} weights, one per adapter ({', '.join(self.names[:3])}{'…' if n > 3 else ''}), got shape {tuple(out.shape)}"
+            )
+        if not torch.isfinite(out).all():
+            raise MergeError(f"the weight of {self.names[int((~torch.isfinite(out)).nonzero()[0])]} is not finite")
+        return out
+
+
+def gram(units: Units, n: int) -> Tensor:
+    """(n, n) inner products ⟨ΔW_i, ΔW_j⟩ of one module: ⟨b a, b′ a′⟩ = ⟨b, b′⟩⟨a, a′⟩ summed over pairs of units.
+
+    Cost R² (d_out + d_in): never d_out × d_in per pair.
+    """
+    products = (units.B.T @ units.B) * (units.A @ units.A.T)
+    out = products.new_zeros(n, products.shape[1]).index_add_(0, units.owner, products)
+    return products.new_zeros(n, n).index_add_(1, units.owner, out)
+
+
+def cosine(inner: Tensor) -> Tensor:
+    """(n, n) cosines from a Gram matrix; rows and columns of norm 0 are 0 (1 on the diagonal)."""
+    norm = inner.diagonal().clamp_min(0).sqrt()
+    out = torch.where(
+        (norm[:, None] > 0) & (norm[None] > 0), inner / (norm[:, None] * norm[None]).clamp_min(1e-38), 0.0
+    )
+    return out.clamp(-1, 1).fill_diagonal_(1.0)
+
+
+def factored_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """SVD of B A from its factors: U (d_out, q), S (q,), Vh (q, d_in), with q = min(d_out, R, d_in), S descending.
+
+    QR of both factors leaves a core of size at most R × R; where R ≥ min(d_out, d_in) the dense way is the cheaper exact
+    one and is taken.
+    """
+    if A.shape[0] >= min(B.shape[0], A.shape[1]):
+        return torch.linalg.svd(B @ A, full_matrices=False)
+    q_b, r_b = torch.linalg.qr(B)
+    q_a, r_a = torch.linalg.qr(A.T)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    return q_b @ u, s, vh @ q_a.T
+
+
+def canonical(units: Units, form: str = "raw") -> Units:
+    """The same ΔW per adapter in another form of its units (LoRA-LEGO leaves the choice open, and k-means sees it).
+
+    raw: as factored in the file. balanced: ‖a‖ = ‖b‖, and the first entry of a that reaches half its largest is
+    positive, which frees units of scale and sign. svd: the units of the SVD of each adapter's ΔW, balanced: independent
+    of how it was factored, up to equal singular values. outer: as balanced; the name tells `lego` to cluster by
+    ⟨a, a′⟩⟨b, b′⟩.
+
+    Raises:
+        MergeError: an unknown form.
+    """
+    if form not in CANONICAL:
+        raise MergeError(f"canonical form {form!r} is unknown; choose one of {', '.join(CANONICAL)}")
+    if form == "raw":
+        return units
+    if form == "svd":
+        B, A = units.B.clone(), units.A.clone()
+        for i in units.owner.unique().tolist():
+            own = units.owner == i
+            rank = int(own.sum())
+            u, s, vh = factored_svd(units.B[:, own], units.A[own])
+            q = min(rank, len(s))
+            b, a = units.B.new_zeros(B.shape[0], rank), units.A.new_zeros(rank, A.shape[1])
+            b[:, :q], a[:q] = u[:, :q] * s[:q].sqrt(), s[:q, None].sqrt() * vh[:q]
+            B[:, own], A[own] = b, a
+        units = replace(units, B=B, A=A)
+    norm_a, norm_b = units.A.norm(dim=1), units.B.norm(dim=0)
+    live = (norm_a > 0) & (norm_b > 0)
+    size = (norm_a * norm_b).sqrt()
+    lead = (units.A.abs() >= 0.5 * units.A.abs().amax(1, keepdim=True)).to(torch.int8).argmax(1)
+    sign = torch.where(units.A.gather(1, lead[:, None])[:, 0] < 0, -1.0, 1.0)
+    factor_a = torch.where(live, sign * size / norm_a.clamp_min(1e-38), 0.0)
+    factor_b = torch.where(live, sign * size / norm_b.clamp_min(1e-38), 0.0)
+    return replace(units, A=units.A * factor_a[:, None], B=units.B * factor_b)
+
+
+def _natural(module: str) -> list:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in module.split(".")]
