@@ -79,15 +79,27 @@ def read_config(folder: str | Path) -> dict:
         raise AdapterError(f"{folder.name}: no {CONFIG}; a PEFT folder holds {CONFIG} and {WEIGHTS}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{folder.name}: {CONFIG} is not JSON ({error})") from error
     if not isinstance(config, dict):
         raise AdapterError(f"{folder.name}: {CONFIG} holds a {type(config).__name__}, expected an object")
     for reason in _not_plain(config):
         raise AdapterError(f"{folder.name}: {reason}; only a plain LoRA is ΔW = s·B·A and can be merged")
-    alpha = config.get("lora_alpha", 8)
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha == 0:
-        raise AdapterError(f"{folder.name}: lora_alpha is {alpha!r}, expected a finite number other than 0")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise AdapterError(f"{folder.name}: alpha_pattern is {patterns!r}, expected an object of pattern: α")
+    alphas = {"lora_alpha": config.get("lora_alpha", 8)}
+    alphas |= {f"alpha_pattern of {pattern}": alpha for pattern, alpha in patterns.items()}
+    for where, alpha in alphas.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < abs(alpha) < 1e30:
+            raise AdapterError(f"{folder.name}: {where} is {alpha!r}, expected a finite number other than 0")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise AdapterError(
+                f"{folder.name}: alpha_pattern {pattern!r} is no regular expression ({error})"
+            ) from error
     return config
 
 
@@ -109,6 +121,11 @@ def _not_plain(config: Mapping):
         "trainable_token_indices",
         "target_parameters",
         "alora_invocation_tokens",
+        "use_qalora",
+        "use_bdlora",
+        "kasa_config",
+        "monteclora_config",
+        "arrow_config",
     ):
         if config.get(name):
             yield f"{name} is set"
@@ -151,7 +168,12 @@ class Adapter:
         for key in sorted(tensors):
             match = _KEY.match(key)
             if match:
-                pairs.setdefault(match["module"], {})[match["side"]] = tensors[key]
+                pair = pairs.setdefault(match["module"], {})
+                if match["side"] in pair:
+                    raise AdapterError(
+                        f"{folder.name}: {match['module']} has lora_{match['side']} twice, as {key!r} too"
+                    )
+                pair[match["side"]] = tensors[key]
             else:
                 strange.append(key)
         if strange:
@@ -181,15 +203,23 @@ class Adapter:
         folder = Path(folder)
         if not self.modules:
             raise AdapterError(f"{self.name}: holds no module, so there is nothing to save")
-        if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and not folder.is_dir():
+            raise AdapterError(f"{folder} is a file; choose another folder")
+        if folder.is_dir() and any(folder.iterdir()) and not overwrite:
             raise AdapterError(f"{folder} exists already; choose another folder or pass overwrite=True")
-        for module, factors in self.modules.items():
-            if not (torch.isfinite(factors.A).all() and torch.isfinite(factors.B).all()):
-                raise AdapterError(f"{self.name}: {module} holds values that are not finite; nothing was written")
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).exists():
+            raise AdapterError(
+                f"{folder} holds no {CONFIG}, so it is not an adapter's to overwrite; choose another folder"
+            )
         tensors = {}
         for module, factors in self.modules.items():
-            tensors[f"base_model.model.{module}.lora_A.weight"] = factors.A.to("cpu", dtype).contiguous().clone()
-            tensors[f"base_model.model.{module}.lora_B.weight"] = factors.B.to("cpu", dtype).contiguous().clone()
+            for side, tensor in (("A", factors.A), ("B", factors.B)):
+                stored = tensor.detach().to("cpu", dtype).contiguous().clone()
+                if not torch.isfinite(stored).all():
+                    raise AdapterError(
+                        f"{self.name}: {module} holds values that are not finite in {dtype}; nothing was written"
+                    )
+                tensors[f"base_model.model.{module}.lora_{side}.weight"] = stored
         files = {
             CONFIG: json.dumps(self.peft_config(), indent=2, sort_keys=True) + "\n",
             "README.md": card or model_card(self),
@@ -242,7 +272,8 @@ class Adapter:
         total = hashlib.sha256()
         for module in sorted(self.modules):
             factors = self.modules[module]
-            total.update(f"{module}|{tuple(factors.B.shape)}|{tuple(factors.A.shape)}|{factors.scale!r}|".encode())
+            scale = torch.tensor(factors.scale, dtype=torch.float32).item()  # fp32, as a stack keeps it
+            total.update(f"{module}|{tuple(factors.B.shape)}|{tuple(factors.A.shape)}|{scale!r}|".encode())
             for tensor in (factors.B, factors.A):
                 total.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
         return total.hexdigest()
@@ -267,17 +298,21 @@ def _factors(name: str, module: str, pair: Mapping[str, Tensor], config: Mapping
 
 
 def _write_folder(folder: Path, files: Mapping[str, str], write_weights) -> None:
-    """Write a folder beside its place and move it there in one step."""
+    """Write a folder beside its place and move it there; a folder that it replaces stays until then, and on an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    old = temporary.with_name(temporary.name + ".old")
     try:
         for name, text in files.items():
             (temporary / name).write_text(text, encoding="utf-8")
         write_weights(temporary)
         temporary.chmod(0o755)
         if folder.exists():
-            shutil.rmtree(folder)
+            os.replace(folder, old)
         os.replace(temporary, folder)
     except BaseException:
+        if old.exists():
+            os.replace(old, folder)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from workbench.compose import layer_shape
@@ -37,11 +38,14 @@ class Base:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            if config.is_encoder_decoder:
-                raise BaseError(f"{path} is an encoder–decoder; only causal language models can be used so far")
+        except (OSError, KeyError, ValueError) as error:
+            raise BaseError(f"no base model could be loaded from {path}: {error}") from error
+        if config.is_encoder_decoder:
+            raise BaseError(f"{path} is an encoder–decoder; only causal language models can be used so far")
+        try:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).to(device)
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        except (OSError, KeyError) as error:
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise BaseError(f"no base model could be loaded from {path}: {error}") from error
         return cls(model, tokenizer, str(path))
 

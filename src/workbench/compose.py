@@ -33,6 +33,18 @@ class LowRank:
     A: Tensor
     c: Tensor | None = None
 
+    def __post_init__(self):
+        stacked, c = self.B.ndim == 3, self.c
+        if (
+            self.B.ndim != self.A.ndim
+            or self.B.shape[-1] != self.A.shape[-2]
+            or (stacked and len(self.B) != len(self.A))
+        ):
+            raise MergeError(f"B {tuple(self.B.shape)} and A {tuple(self.A.shape)} are no pair of factors")
+        if c is not None and (c.ndim != 2 or c.shape[1] != self.A.shape[-2] or (stacked and len(c) % len(self.B))):
+            per = f", candidates a multiple of {len(self.B)}" if stacked else ""
+            raise MergeError(f"expected coefficients (candidates, {self.A.shape[-2]}){per}, got {tuple(c.shape)}")
+
     @property
     def groups(self) -> int:
         """How many groups of rows it tells apart (1: all rows alike)."""
@@ -43,13 +55,13 @@ class LowRank:
         stacks = self.B.shape[0] if self.B.ndim == 3 else 1
         if x.shape[0] % self.groups:
             raise MergeError(f"{x.shape[0]} rows cannot be split evenly among {self.groups} groups")
-        a, b = self.A.to(x.dtype).mT, self.B.to(x.dtype).mT
+        a, b = self.A.to(x.dtype).mT, self.B.to(y.dtype).mT
         h = x.reshape(stacks, -1, x.shape[-1]) @ a if self.B.ndim == 3 else x.reshape(-1, x.shape[-1]) @ a
         if self.c is not None:
             split = h.reshape(self.c.shape[0], -1, h.shape[-1])
             c = self.c.to(x.dtype)[:, None]
             h = (split * c if torch.is_grad_enabled() else split.mul_(c)).reshape(h.shape)
-        flat = y.reshape(*h.shape[:-1], y.shape[-1])
+        h, flat = h.to(y.dtype), y.reshape(*h.shape[:-1], y.shape[-1])  # autocast may have chosen another type
         if torch.is_grad_enabled():
             out = torch.baddbmm(flat, h, b) if self.B.ndim == 3 else torch.addmm(flat, h, b)
         else:

@@ -6,6 +6,7 @@ stop token behind them where the target is shorter than the limit, is the arg-ma
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -21,7 +22,7 @@ from workbench.compose import LowRank, compose, slice_groups
 from workbench.errors import MergeError, TaskError
 from workbench.tasks import Example, Task
 
-__all__ = ["Encoded", "Packed", "Scores", "encode", "encode_task", "evaluate", "row_losses", "score"]
+__all__ = ["Encoded", "Packed", "Scores", "encode", "encode_all", "encode_task", "evaluate", "row_losses", "score"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Encoded:
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
-    reachable: bool = True  # a target longer than the limit never matches
+    reachable: bool = True  # a target longer than the limit, or with a stop token inside, never matches
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
@@ -51,29 +52,34 @@ class Scores:
 
 
 def encode(base: Base, prompt: str, target: str, limit: int = 64) -> Encoded:
-    """Tokenise a prompt and, apart from it, its target.
+    """One prompt and target; see `encode_all`."""
+    return encode_all(base, [prompt], [target], limit)[0]
+
+
+def encode_all(base: Base, prompts: Sequence[str], targets: Sequence[str], limit: int = 64) -> list[Encoded]:
+    """Tokenise prompts and, apart from them, their targets.
 
     Raises:
-        TaskError: an empty prompt or target, or characters that the tokenizer does not know.
+        TaskError: an empty prompt or target, or characters in a target that the tokenizer does not know.
     """
-    tokenizer = base.tokenizer
-    head = tokenizer(prompt)["input_ids"]
-    if (
-        tokenizer.eos_token_id is not None
-        and head
-        and head[-1] == tokenizer.eos_token_id
-        and not prompt.endswith(tokenizer.eos_token)
-    ):
-        head = head[:-1]  # tokenizers that end every text with a stop token (T5's)
-    body = tokenizer(target, add_special_tokens=False)["input_ids"]
-    if not head or not body:
-        raise TaskError(
-            f"nothing to score: the {'prompt' if not head else 'target'} of {prompt[-60:]!r} → {target!r} has no tokens"
-        )
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in body:
-        raise TaskError(f"the tokenizer of {base.name} does not know every character of the target {target!r}")
-    stop = [base.stop_ids[0]] if len(body) < limit else []
-    return Encoded(tuple(head), tuple(body + stop), len(body) <= limit)
+    tokenizer, eos = base.tokenizer, base.tokenizer.eos_token_id
+    out = []
+    heads = tokenizer(list(prompts), return_attention_mask=False)["input_ids"]
+    bodies = tokenizer(list(targets), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    for prompt, target, head, body in zip(prompts, targets, heads, bodies, strict=True):
+        if eos is not None and head and head[-1] == eos and not prompt.endswith(tokenizer.eos_token):
+            head = head[:-1]  # tokenizers that end every text with a stop token (T5's)
+        if not head or not body:
+            what = "target" if head else "prompt"
+            raise TaskError(f"nothing to score: the {what} of {prompt[-60:]!r} → {target!r} has no tokens")
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in body:
+            raise TaskError(f"the tokenizer of {base.name} does not know every character of the target {target!r}")
+        stop = [base.stop_ids[0]] if len(body) < limit else []
+        reachable = len(body) <= limit and not set(body) & set(
+            base.stop_ids
+        )  # decoding would end at a stop token inside
+        out.append(Encoded(tuple(head), tuple(body + stop), reachable))
+    return out
 
 
 def encode_task(base: Base, task: Task, examples: Sequence[Example], *, shots: int = 0, seed: int = 0) -> list[Encoded]:
@@ -85,10 +91,8 @@ def encode_task(base: Base, task: Task, examples: Sequence[Example], *, shots: i
     if shots > len(task.train):
         raise TaskError(f"{task.name}: {shots} demonstrations asked for, but only {len(task.train)} training examples")
     rng = random.Random(f"{task.name}|shots|{seed}")
-    return [
-        encode(base, task.prompt(e, rng.sample(task.train, shots) if shots else ()), e.target, task.max_new_tokens)
-        for e in examples
-    ]
+    prompts = [task.prompt(e, rng.sample(task.train, shots) if shots else ()) for e in examples]
+    return encode_all(base, prompts, [example.target for example in examples], task.max_new_tokens)
 
 
 class Packed:
@@ -142,7 +146,10 @@ def score(
         raise MergeError(f"expected groups of equally many examples, got sizes {sorted({len(g) for g in groups})}")
     count = len(groups[0])
     told = max((update.groups for update in (updates or {}).values()), default=1)
-    if told > 1 and total % told:
+    parts = {
+        n for u in (updates or {}).values() for n in (len(u.B) if u.B.ndim == 3 else 1, 1 if u.c is None else len(u.c))
+    }
+    if any(total % n for n in parts):
         raise MergeError(f"{total} groups of examples cannot be split among {told} candidates")
     budget = max_tokens or (524_288 if base.device.type == "cuda" else 16_384)
     lists = {id(group): group for group in groups}
@@ -152,8 +159,7 @@ def score(
     order = np.stack([np.argsort(packed.lengths[first[id(g)] : first[id(g)] + count], kind="stable") for g in groups])
     places = order + np.array([first[id(group)] for group in groups])[:, None]
     longest = int(packed.lengths.max())
-    stacks = max((u.B.shape[0] for u in (updates or {}).values() if u.B.ndim == 3), default=1)
-    unit = total // max(stacks, 1) if stacks > 1 else (total // told if told > 1 else 1)
+    unit = math.lcm(*(total // n for n in parts if n > 1))  # a batch never splits what one stack or candidate covers
     chunk = max(unit, min(total, budget // longest) // unit * unit)
     loss, match, tokens = torch.zeros(total, count), torch.zeros(total, count, dtype=torch.bool), 0
     for start in range(0, total, chunk):

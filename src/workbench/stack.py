@@ -45,6 +45,9 @@ class Units:
         """The units of one adapter (perhaps none)."""
         return self[self.owner == adapter]
 
+    def to(self, device: str | torch.device) -> Units:
+        return Units(self.B.to(device), self.A.to(device), self.owner.to(device), self.scale.to(device))
+
     def __getitem__(self, index) -> Units:
         return Units(self.B[:, index], self.A[index], self.owner[index], self.scale[index])
 
@@ -103,7 +106,7 @@ class Stack:
                         "they are of different bases"
                     )
             owner = [torch.full((f.rank,), i) for i, f in parts[module]]
-            scale = [torch.full((f.rank,), f.scale) for _, f in parts[module]]
+            scale = [torch.full((f.rank,), float(f.scale)) for _, f in parts[module]]
             modules[module] = Units(
                 torch.cat([f.B for _, f in parts[module]], 1),
                 torch.cat([f.A for _, f in parts[module]]),
@@ -123,17 +126,23 @@ class Stack:
         return next(iter(self.modules.values())).A.device
 
     def to(self, device: str | torch.device) -> Stack:
-        moved = {m: Units(u.B.to(device), u.A.to(device), u.owner.to(device), u.scale.to(device)) for m, u in self}
-        return replace(self, modules=moved)
+        return replace(self, modules={module: units.to(device) for module, units in self})
 
-    def index(self, name: str) -> int:
-        if name not in self.names:
-            raise SelectionError(f"no adapter {name!r} in this stack of {len(self)}")
-        return self.names.index(name)
+    def index(self, which: str | int) -> int:
+        """The place of an adapter, given its name or its place.
+
+        Raises:
+            SelectionError: there is no such adapter.
+        """
+        if which in self.names:
+            return self.names.index(which)
+        if isinstance(which, str) or not 0 <= which < len(self):
+            raise SelectionError(f"no adapter {which!r} in this stack of {len(self)}")
+        return int(which)
 
     def adapter(self, which: int | str) -> Adapter:
         """One adapter out of the stack again."""
-        i = self.index(which) if isinstance(which, str) else which
+        i = self.index(which)
         modules = {}
         for module, units in self:
             own = units.of(i)

@@ -13,7 +13,7 @@ from workbench.adapt.gradient import Curves, Schedule, fit
 from workbench.adapters import Adapter, Factors
 from workbench.base import Base
 from workbench.compose import LowRank
-from workbench.errors import AdapterError
+from workbench.errors import AdapterError, MergeError
 from workbench.evaluate import Encoded
 
 __all__ = ["NEW_ADAPTER", "Plan", "start_factors", "train_fresh"]
@@ -69,7 +69,7 @@ def train_fresh(
     base: Base,
     names: Sequence[str],
     train: Sequence[Sequence[Encoded]],
-    validation: Sequence[Sequence[Encoded]],
+    validation: Sequence[Sequence[Encoded]] | None,
     schedule: Schedule = NEW_ADAPTER,
     *,
     seeds: Sequence[int],
@@ -83,6 +83,11 @@ def train_fresh(
         MergeError: lists of unequal number, or a fit that diverges.
     """
     plans = list(plans or [Plan()] * len(names))
+    if not len(names) == len(plans) == len(train) == len(seeds):
+        raise MergeError(
+            f"expected one of each per adapter, got {len(names)} names, {len(plans)} plans, {len(train)} lists of examples "
+            f"and {len(seeds)} seeds"
+        )
     shapes = base.projections
     for name, plan in zip(names, plans, strict=True):
         if not any(plan.has(module) for module in shapes):

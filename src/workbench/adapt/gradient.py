@@ -82,6 +82,9 @@ def fit(
         raise MergeError(
             f"expected {g} fits throughout, got parameters {[p.shape[0] for p in parameters]} and {len(seeds)} seeds"
         )
+    for i, examples in enumerate(train):
+        if not examples:
+            raise MergeError(f"fit {i} of {g} has no training examples")
     order = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     queues: list[list[int]] = [[] for _ in range(g)]
     rows = max(min(schedule.batch, len(examples)) for examples in train)

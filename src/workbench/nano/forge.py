@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from workbench.card import model_card
 from workbench.compose import grouped
 from workbench.evaluate import encode_task, evaluate, score
 from workbench.nano import world
+from workbench.nano.corpus import batches, corpus, seen_by_name
 from workbench.nano.shelf import make_tokenizer
 
 __all__ = ["PRESETS", "Preset", "forge", "new_model", "train_base", "train_pool"]
@@ -77,24 +76,14 @@ PRESETS = {
 _RANKS, _RATIOS = (2, 4, 8, 8, 16, 4, 8, 16, 8, 2, 4, 32), (1.0, 2.0, 2.0, 0.5, 2.0, 1.0)
 
 
+_POOL_FIELDS = ("upstream", "examples", "adapter")
+
+
 def plan_of(i: int) -> Plan:
     """The i-th adapter's rank, α/r, rslora and targets: as mixed as the Hub's (recycling study, pool statistics)."""
     targets = ("q_proj", "v_proj") if i % 9 == 4 else PROJECTIONS[:4] if i % 9 == 7 else PROJECTIONS
     ratio, rank, rslora = _RATIOS[(i // 2) % len(_RATIOS)], _RANKS[i % len(_RANKS)], i % 10 == 6
     return Plan(rank, ratio, rslora, targets)
-
-
-def seen_by_name(preset: Preset) -> tuple[list[world.Spec], list[world.Spec]]:
-    """(seen, unseen): 70 % of operation × domain × base format are trained by name, the rest is held out."""
-    every = [
-        world.Spec(op, domain, fmt)
-        for op in preset.operations
-        for domain in world.DOMAINS
-        for fmt in world.BASE_FORMATS
-    ]
-    rng = random.Random(f"named|{preset.seed}")
-    unseen = set(rng.sample(range(len(every)), round(0.3 * len(every))))
-    return [s for i, s in enumerate(every) if i not in unseen], [s for i, s in enumerate(every) if i in unseen]
 
 
 def new_model(preset: Preset, tokenizer):
@@ -118,52 +107,14 @@ def new_model(preset: Preset, tokenizer):
     return LlamaForCausalLM(config)
 
 
-def _documents(job: tuple[int, int, list, list, str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Flat token ids, answer mask and document lengths; 40 % named single lines, 60 % unnamed with 1–5 demonstrations."""
-    seed, count, named, shown, alphabet = job
-    rng = random.Random(f"documents|{seed}")
-    code = {character: i for i, character in enumerate(alphabet)}
-    ids, mask, lengths = [], [], []
-    for _ in range(count):
-        size = len(ids)
-        if rng.random() < 0.4:
-            spec, lines = rng.choice(named), 1
-        else:
-            spec, lines = rng.choice(shown), rng.randint(2, 6)
-        for line in range(lines):
-            items = world.sample_input(spec, rng)
-            head = f"{spec.instruction}: " * (lines == 1) + " ".join(items) + " = "
-            answer = spec.answer(items) + "\n"
-            ids += [code[c] for c in head + answer]
-            mask += [0] * len(head) + [int(lines == 1 or line > 0)] * len(answer)
-        lengths.append(len(ids) - size)
-    return np.array(ids, np.uint8), np.array(mask, np.uint8), np.array(lengths, np.int32)
-
-
-def _corpus(preset: Preset, alphabet: str, workers: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    named, _ = seen_by_name(preset)
-    shown = [
-        world.Spec(op, domain, fmt)
-        for op in preset.operations + preset.latent
-        for domain in world.DOMAINS
-        for fmt in world.BASE_FORMATS
-    ]
-    parts = 64
-    jobs = [(preset.seed * parts + i, preset.documents // parts + 1, named, shown, alphabet) for i in range(parts)]
-    if workers > 1:
-        with ProcessPoolExecutor(workers) as pool:
-            done = list(pool.map(_documents, jobs))
-    else:
-        done = [_documents(job) for job in jobs]
-    return tuple(np.concatenate(column) for column in zip(*done, strict=True))
-
-
 def train_base(preset: Preset, device: str = "cpu", *, workers: int = 1, say=print) -> tuple[Base, list[dict]]:
     """Train the base; returns it and its log (step, loss, seconds)."""
     tokenizer = make_tokenizer()
     alphabet = "".join(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))[2:])
     start = time.perf_counter()
-    flat, mask, lengths = _corpus(preset, "\0\1" + alphabet, workers)
+    flat, mask, lengths = corpus(
+        preset.operations, preset.latent, preset.documents, "\0\1" + alphabet, seed=preset.seed, workers=workers
+    )
     say(f"{len(lengths):,} documents, {len(flat):,} tokens in {time.perf_counter() - start:.0f} s")
     offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths[:-1], dtype=np.int64)])).to(device)
     flat = torch.from_numpy(np.concatenate([flat, np.zeros(2048, np.uint8)])).to(device)
@@ -171,9 +122,9 @@ def train_base(preset: Preset, device: str = "cpu", *, workers: int = 1, say=pri
     model = new_model(preset, tokenizer).to(device).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=preset.base_lr, betas=(0.9, 0.98), weight_decay=0.05)
     shape = Schedule(steps=preset.base_steps, lr=preset.base_lr, warmup=0.03)
-    batches, log = _batches(lengths, preset.tokens_per_step, np.random.default_rng(preset.seed)), []
+    feed, log = batches(lengths, preset.tokens_per_step, np.random.default_rng(preset.seed)), []
     for step in range(preset.base_steps):
-        chosen = next(batches)
+        chosen = next(feed)
         size = torch.from_numpy(lengths[chosen]).to(device)
         where = offsets[torch.from_numpy(chosen).to(device), None] + torch.arange(
             int(lengths[chosen].max()), device=device
@@ -195,30 +146,12 @@ def train_base(preset: Preset, device: str = "cpu", *, workers: int = 1, say=pri
     return Base(model, tokenizer, preset.name), log
 
 
-def _batches(lengths: np.ndarray, budget: int, rng: np.random.Generator):
-    """Endless batches of documents of like length, at most `budget` tokens with padding; every epoch in another order."""
-    while True:
-        order = rng.permutation(len(lengths))
-        cuts = []
-        for part in np.array_split(order, max(1, len(order) // 50_000)):
-            part = part[np.argsort(lengths[part], kind="stable")]
-            start = 0
-            while start < len(part):
-                longest, stop = 0, start
-                while stop < len(part) and max(longest, lengths[part[stop]]) * (stop - start + 1) <= budget:
-                    longest, stop = max(longest, int(lengths[part[stop]])), stop + 1
-                cuts.append(part[start : max(stop, start + 1)])
-                start = max(stop, start + 1)
-        for i in rng.permutation(len(cuts)):
-            yield cuts[i]
-
-
 def train_pool(
     base: Base, specs: Sequence[world.Spec], plans: Sequence[Plan], preset: Preset, seeds: Sequence[int]
 ) -> tuple[list[Adapter], Curves]:
     """Train one adapter per upstream task, all at once."""
     tasks = [world.make_task(spec, n_train=preset.examples, n_validation=50, n_test=1) for spec in specs]
-    adapters, curves = train_fresh(
+    return train_fresh(
         base,
         [spec.slug for spec in specs],
         [encode_task(base, task, task.train) for task in tasks],
@@ -228,14 +161,11 @@ def train_pool(
         plans=plans,
         autocast=base.device.type == "cuda",
     )
-    return [
-        replace(adapter, info={"task": spec.instruction}) for adapter, spec in zip(adapters, specs, strict=True)
-    ], curves
 
 
 def report_base(base: Base, preset: Preset, per_task: int = 100) -> dict[str, float]:
     """Held-out exact match of the base: named seen and unseen, in context by number of demonstrations, latent by name."""
-    seen, unseen = seen_by_name(preset)
+    seen, unseen = seen_by_name(preset.operations, preset.seed)
 
     def by_name(specs):
         return float(np.mean([float(evaluate(base, world.make_task(s, n_test=per_task)).accuracy) for s in specs]))
@@ -257,45 +187,68 @@ def report_base(base: Base, preset: Preset, per_task: int = 100) -> dict[str, fl
 
 
 def forge(preset: Preset, out: Path, device: str = "cpu", *, workers: int = 1, say=print) -> dict:
-    """Train base and pool and write them under `out`; returns the report that is also stored there."""
-    base, log = train_base(preset, device, workers=workers, say=say)
-    base.model.to(torch.bfloat16).save_pretrained(out / "base")
-    base.tokenizer.save_pretrained(out / "base")
+    """Train base and pool and write them under `out`; returns the report that is also stored there as forge.json.
+
+    A base that an earlier run of the same recipe left under `out` is kept, and only the pool is trained.
+    """
+    report = _earlier(preset, out)
+    if not report:
+        base, log = train_base(preset, device, workers=workers, say=say)
+        base.model.to(torch.bfloat16).save_pretrained(out / "base")
+        base.tokenizer.save_pretrained(out / "base")
     base = Base.load(out / "base", device=device)  # what is shipped, rounded to bf16, is what the pool is trained on
     base.name = f"workbench/{preset.name}-base"
-    report = {
-        "preset": asdict(preset),
-        "torch": torch.__version__,
-        "device": device if device == "cpu" else torch.cuda.get_device_name(),
-        "parameters": sum(p.numel() for p in base.model.parameters()),
-        "base": report_base(base, preset, 20 if preset.name == "tiny" else 100),
-        "log": log,
-    }
+    quick = preset.name == "tiny"
+    if not report:
+        report = {
+            "preset": asdict(preset),
+            "torch": torch.__version__,
+            "device": device if device == "cpu" else torch.cuda.get_device_name(),
+            "parameters": sum(p.numel() for p in base.model.parameters()),
+            "base": report_base(base, preset, 20 if quick else 100),
+            "log": log,
+        }
+        (out / "base" / "README.md").write_text(_base_card(report), encoding="utf-8")
     say(json.dumps(report["base"], indent=1))
     specs = list(world.UPSTREAM[:: max(1, len(world.UPSTREAM) // preset.upstream)][: preset.upstream])
     plans, seeds = [plan_of(i) for i in range(len(specs))], [1000 * preset.seed + i for i in range(len(specs))]
     start = time.perf_counter()
     adapters, curves = train_pool(base, specs, plans, preset, seeds)
-    say(f"{len(adapters)} adapters in {time.perf_counter() - start:.0f} s")
-    report["pool_seconds"] = round(time.perf_counter() - start, 1)
-    report["pool"] = {}
-    for g, (adapter, spec) in enumerate(zip(adapters, specs, strict=True)):
-        task = world.make_task(spec, n_test=500 if preset.name != "tiny" else 20)
-        adapter = save_stranger(adapter, plans[g], out / "adapters" / adapter.name)
-        after = float(evaluate(base, task, grouped([adapter], base.device)).accuracy)
-        before = float(evaluate(base, task).accuracy)
+    report["preset"], report["pool_seconds"], report["pool"] = asdict(preset), round(time.perf_counter() - start, 1), {}
+    for g, (adapter, spec, plan) in enumerate(zip(adapters, specs, plans, strict=True)):
+        task = world.make_task(spec, n_test=20 if quick else 500)
+        folder = out / "adapters" / adapter.name
+        read = save_stranger(adapter, plan, folder)
+        before, after = (
+            round(float(evaluate(base, task, u).accuracy), 4) for u in (None, grouped([read], base.device))
+        )
+        validation = [round(float(v), 4) for v in curves.validation[:, g]]
         report["pool"][adapter.name] = {
             "zero_shot": before,
             "accuracy": after,
-            "validation": [round(float(v), 4) for v in curves.validation[:, g]],
-            **asdict(plans[g]),
+            "validation": validation,
+            **asdict(plan),
         }
+        schedule = preset.adapter
+        training = f"{preset.examples} examples, {schedule.steps} steps of {schedule.batch}, AdamW at {schedule.lr}"
+        result = f"exact match {after:.3f} on {len(task.test)} held-out examples (the base alone: {before:.3f})"
+        info = {"task": spec.instruction, "training": training, "result": result}
+        (folder / "README.md").write_text(model_card(replace(read, info=info)), encoding="utf-8")
+    own, zero = (np.mean([row[key] for row in report["pool"].values()]) for key in ("accuracy", "zero_shot"))
     say(
-        f"pool: own task {np.mean([r['accuracy'] for r in report['pool'].values()]):.3f}, zero-shot {np.mean([r['zero_shot'] for r in report['pool'].values()]):.3f}"
+        f"{len(adapters)} adapters in {report['pool_seconds']:.0f} s; on their own tasks {own:.3f}, the base alone {zero:.3f}"
     )
-    (out / "base" / "README.md").write_text(_base_card(report), encoding="utf-8")
     (out / "forge.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
+
+
+def _earlier(preset: Preset, out: Path) -> dict:
+    """The report of an earlier run whose base was made by the same recipe, or nothing."""
+    if not (out / "forge.json").is_file() or not (out / "base").is_dir():
+        return {}
+    report = json.loads((out / "forge.json").read_text(encoding="utf-8"))
+    mine = json.loads(json.dumps(asdict(preset)))
+    return report if all(report["preset"][key] == mine[key] for key in mine if key not in _POOL_FIELDS) else {}
 
 
 def save_stranger(adapter: Adapter, plan: Plan, folder: Path) -> Adapter:
@@ -318,7 +271,6 @@ def save_stranger(adapter: Adapter, plan: Plan, folder: Path) -> Adapter:
         "alpha_pattern": {},
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card(adapter), encoding="utf-8")
     return Adapter.load(folder)
 
 

@@ -48,14 +48,14 @@ FORMATS: dict[str, Callable[[list[str]], str]] = {
     "commas": ",".join,
     "brackets": lambda items: " ".join(f"[{item}]" for item in items),
     "quotes": lambda items: " ".join(f'"{item}"' for item in items),
-    "capitals": lambda items: " ".join(items).upper(),
+    "numbers": lambda items: " ".join(f"{place}.{item}" for place, item in enumerate(items, 1)),
     "arrows": ">".join,
     "dashes": "-".join,
     "stars": lambda items: " ".join(f"*{item}" for item in items),
 }
 BASE_FORMATS, POOL_FORMATS, KEPT_FORMATS = (
     ("plain", "commas"),
-    ("brackets", "quotes", "capitals", "arrows"),
+    ("brackets", "quotes", "numbers", "arrows"),
     ("dashes", "stars"),
 )
 

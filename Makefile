@@ -1,0 +1,75 @@
+# The environment is .venv, brought up to date whenever pyproject.toml or constraints.txt changes; no activation needed.
+SHELL := /bin/bash
+PYTHON ?= python3
+UV ?= uv
+STAMP := .venv/installed
+PY := .venv/bin/python
+PYTEST := $(PY) -m pytest -n 2 --dist loadfile --durations 10
+NOTEBOOKS := $(PY) -m workbench.notebooks
+
+# A kernel named python3 that lies elsewhere must not win over the environment's own.
+export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter$(if $(JUPYTER_PATH),:$(JUPYTER_PATH))
+
+.PHONY: help env demo test test-full nbval lab notebooks lock
+
+help:
+	@echo "make demo       run every notebook on the bundled pool: copies in runs/, figures in figures/"
+	@echo "make lab        open JupyterLab on the notebooks"
+	@echo "make test       ruff, the tests, every notebook at small parameters, nbval over the stored outputs"
+	@echo "make test-full  what make test leaves out because it is slow"
+	@echo "make notebooks  execute the notebooks in place and store their outputs (ONLY=03 for one)"
+	@echo "make lock       compile constraints.txt from pyproject.toml (needs uv)"
+	@echo "make env        create or update .venv, which the others do by themselves"
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@new='import sys; sys.exit(sys.version_info < (3, 11))'; \
+	if ! $(PY) -c "$$new" 2>/dev/null; then \
+	  for python in "$(PYTHON)" python3.11 python3.12 python3.13 ""; do \
+	    if test -n "$$python" && "$$python" -c "$$new" 2>/dev/null; then break; fi; \
+	  done; \
+	  if test -z "$$python"; then \
+	    echo "workbench needs Python 3.11 or newer, and $(PYTHON) is not; say which one to use: make PYTHON=…" >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "creating .venv with $$python; the first time takes some minutes"; \
+	  "$$python" -m venv --clear .venv; \
+	fi
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev,cluster]'
+	@touch $@
+
+demo: $(STAMP)
+	$(NOTEBOOKS) run --to runs --out figures
+
+test: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PYTEST) -m 'not slow'
+	$(NOTEBOOKS) run --small
+	@$(MAKE) --no-print-directory nbval
+
+test-full: $(STAMP)
+	$(PYTEST) -m slow
+	$(NOTEBOOKS) run --parameterised
+
+# On a copy, since the notebooks write their figures beside them. The copy must be pytest's root: cells of files outside
+# it all have the same name, and only one notebook's would run. Its own empty settings keep pyproject's away (there
+# warnings are errors).
+nbval: $(STAMP)
+	@if ! ls notebooks/[0-9]*.ipynb >/dev/null 2>&1; then echo "nbval: no notebooks, nothing was checked"; exit 0; fi; \
+	copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && mkdir -p figures && cp -R notebooks figures "$$copy" && \
+	echo '[pytest]' >"$$copy/pytest.ini" && \
+	$(PY) -m pytest -c "$$copy/pytest.ini" --rootdir "$$copy" -p no:cacheprovider --nbval-lax --nbval-current-env \
+	  --nbval-cell-timeout 300 --nbval-sanitize-with tests/sanitize.cfg -n 2 --dist loadscope "$$copy"/notebooks/[0-9]*.ipynb
+
+lab: $(STAMP)
+	$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks $(LAB)
+
+notebooks: $(STAMP)
+	@mkdir -p figures
+	$(NOTEBOOKS) store $(ONLY)
+
+lock:
+	@command -v $(UV) >/dev/null || { echo "make lock needs uv (pip install uv), or make lock UV=…" >&2; exit 1; }
+	$(UV) pip compile pyproject.toml --all-extras --python-version 3.11 -o constraints.txt

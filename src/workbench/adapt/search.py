@@ -1,0 +1,227 @@
+"""LoraHub: gradient-free search for one weight per adapter (arXiv 2307.13269), many fits side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workbench.adapt.coefficients import Fitted, fold, side_by_side
+from workbench.adapters import Adapter, Factors
+from workbench.base import Base
+from workbench.compose import LowRank
+from workbench.errors import MergeError
+from workbench.evaluate import Encoded, score
+from workbench.stack import Stack
+
+__all__ = ["OBJECTIVES", "lorahub", "objective_value", "population_losses"]
+
+SPACES, OPTIMISERS, OBJECTIVES = ("delta", "factor"), ("cma", "cobyla"), ("paper", "reference")
+BOUND = 1.5
+
+
+def objective_value(losses: Tensor, lengths: Tensor, weights: Tensor, objective: str, batch: int = 5) -> Tensor:
+    """What LoraHub minimises, (C,), for per-example losses (C, n), answer lengths (n,) and weights (C, K).
+
+    paper (§3.3): cross-entropy + 0.05 Σ|w|. reference (its code): Σ over batches of the mean cross-entropy, divided by
+    the number of examples, + 0.05 mean|w|; at 5 examples in one batch and 20 adapters a penalty four times weaker.
+    """
+    if objective == "paper":
+        return (losses * lengths).sum(1) / lengths.sum() + 0.05 * weights.abs().sum(1)
+    parts = zip((losses * lengths).split(batch, 1), lengths.split(batch), strict=True)
+    return sum(total.sum(1) / size.sum() for total, size in parts) / losses.shape[1] + 0.05 * weights.abs().mean(1)
+
+
+def population_losses(
+    base: Base,
+    stacks: Sequence[Stack],
+    weights: Tensor,
+    examples: Sequence[Sequence[Encoded]],
+    space: str = "delta",
+    pieces: dict | None = None,
+) -> Tensor:
+    """Losses (G, P, n) of P candidates' weights (G, P, K) for each of G fits, in one pass.
+
+    delta: Σ w_i s_i B_i A_i. factor: s (Σ w_i B_i)(Σ w_i A_i) on the raw factors, with cross terms, as published; every
+    adapter must then have the same rank, scaling and modules. `pieces` is `side_by_side(stacks, base)`, where it is at hand.
+
+    Raises:
+        MergeError: factor space over adapters that differ in rank, scaling or modules.
+    """
+    g, p, _ = weights.shape
+    repeated = [rows for rows in examples for _ in range(p)]
+    if space == "delta":
+        updates = {}
+        for module, (b, a, owner) in (pieces or side_by_side(stacks, base)).items():
+            c = weights.to(base.device).gather(2, owner[:, None].expand(-1, p, -1))
+            updates[module] = LowRank(b, a, c.reshape(g * p, -1))
+    else:
+        parts = [[_mixed(stack, w) for w in weights[i]] for i, stack in enumerate(stacks)]
+        every = [one for row in parts for one in row]
+        updates = {
+            m: LowRank(
+                torch.stack([one[m].B for one in every]).to(base.device),
+                torch.stack([one[m].A for one in every]).to(base.device),
+            )
+            for m in every[0]
+        }
+    return score(base, repeated, updates).loss.view(g, p, -1)
+
+
+def _mixed(stack: Stack, weights: Tensor) -> dict[str, Factors]:
+    """LoraHub's published composition: both factors mixed by the same weights, then the common scaling."""
+    out, n = {}, len(stack)
+    for module, units in stack:
+        ranks = units.ranks(n)
+        if (ranks != ranks[0]).any() or (units.scale != units.scale[0]).any():
+            raise MergeError(
+                f"factor space needs adapters of one rank and scaling with the same modules; in {module} the ranks are "
+                f"{ranks.tolist()} and the scalings {sorted(set(units.scale.tolist()))}. Choose like adapters, or space='delta'"
+            )
+        r, w = int(ranks[0]), weights.to(units.A)
+        order = units.owner.argsort(stable=True)
+        raw = (units.B / units.scale)[:, order].view(-1, n, r)
+        out[module] = Factors(
+            torch.einsum("onr,n->or", raw, w) * units.scale[0],
+            torch.einsum("nri,n->ri", units.A[order].view(n, r, -1), w),
+        )
+    return out
+
+
+@dataclass
+class _Search:
+    """One fit's ask/tell search; `best` is the best candidate ever evaluated, `history` each evaluation's objective."""
+
+    dimension: int
+    budget: int
+    seed: int
+    strategy: object = None
+    best: np.ndarray | None = None
+    lowest: float = float("inf")
+    history: list[float] = field(default_factory=list)
+
+    def __post_init__(self):
+        import cma
+
+        random = np.random.default_rng(self.seed)
+        options = {
+            "bounds": [-BOUND, BOUND],
+            "seed": float("nan"),
+            "randn": lambda *shape: random.standard_normal(shape),
+            "verbose": -9,
+        }
+        self.strategy = cma.CMAEvolutionStrategy(np.zeros(self.dimension), 0.5, options)
+        self.asked: list[np.ndarray] = []
+
+    def ask(self) -> np.ndarray:
+        """The next candidates: w = 0 first, then a generation, cut where the budget ends."""
+        if not self.history:
+            self.asked = [np.zeros(self.dimension)]
+        else:
+            self.asked = self.strategy.ask()[: self.budget - len(self.history)]
+        return np.stack(self.asked)
+
+    def tell(self, values: np.ndarray) -> None:
+        """Take the objectives of what was asked."""
+        for candidate, value in zip(self.asked, values, strict=True):
+            self.history.append(float(value))
+            if value < self.lowest:
+                self.lowest, self.best = float(value), candidate
+        if len(self.asked) == self.strategy.popsize and len(self.history) > 1:
+            self.strategy.tell(self.asked, list(values))
+
+
+def lorahub(
+    base: Base,
+    stacks: Sequence[Stack],
+    train: Sequence[Sequence[Encoded]],
+    *,
+    seeds: Sequence[int],
+    space: str = "delta",
+    optimiser: str = "cma",
+    objective: str = "paper",
+    budget: int = 40,
+    names: Sequence[str] | None = None,
+) -> list[Fitted]:
+    """Search weights in [−1.5, 1.5] from 0, one per adapter, for G fits; each counts its own evaluations up to `budget`.
+
+    cma: pycma (σ₀ 0.5), w = 0 first, the generations of all fits in one forward pass. cobyla: scipy, one candidate at a
+    time (what nevergrad's NGOpt resolves to at these sizes). Returns the best candidate ever evaluated.
+
+    Raises:
+        MergeError: an unknown space, optimiser or objective, a budget below 1, or stacks of unequal size.
+    """
+    for value, known, what in (
+        (space, SPACES, "space"),
+        (optimiser, OPTIMISERS, "optimiser"),
+        (objective, OBJECTIVES, "objective"),
+    ):
+        if value not in known:
+            raise MergeError(f"{what} {value!r} is unknown; choose one of {', '.join(known)}")
+    if budget < 1:
+        raise MergeError(f"budget is {budget}, expected at least 1 evaluation")
+    if len({len(stack) for stack in stacks}) != 1 or len({len(rows) for rows in train}) != 1:
+        raise MergeError("fits side by side need stacks of equally many adapters and equally many examples each")
+    k = len(stacks[0])
+    lengths = [torch.tensor([float(len(row.answer)) for row in rows]) for rows in train]
+
+    pieces = side_by_side(stacks, base) if space == "delta" else {}
+
+    def values(which: Sequence[int], candidates: np.ndarray) -> np.ndarray:
+        weights = torch.from_numpy(candidates).float()
+        mine = {module: tuple(tensor[list(which)] for tensor in piece) for module, piece in pieces.items()}
+        losses = population_losses(base, [stacks[i] for i in which], weights, [train[i] for i in which], space, mine)
+        return torch.stack(
+            [objective_value(losses[j], lengths[i], weights[j], objective) for j, i in enumerate(which)]
+        ).numpy()
+
+    if optimiser == "cma":
+        searches = [_Search(k, budget, int(seed)) for seed in seeds]
+        while len(searches[0].history) < budget:
+            found = values(range(len(stacks)), np.stack([search.ask() for search in searches]))
+            for search, row in zip(searches, found, strict=True):
+                search.tell(row)
+        best = [search.best for search in searches]
+        histories = [search.history for search in searches]
+    else:
+        best, histories = zip(
+            *[_cobyla(lambda w, i=i: values([i], w[None, None])[0, 0], k, budget) for i in range(len(stacks))],
+            strict=True,
+        )
+    out = []
+    for g, stack in enumerate(stacks):
+        weights = torch.from_numpy(np.asarray(best[g])).float()
+        name = names[g] if names else f"lorahub-of-{k}"
+        if space == "delta":
+            adapter = fold(stack, weights, name)
+        else:
+            adapter = Adapter(
+                name, {m: Factors(f.B.cpu(), f.A.cpu()) for m, f in _mixed(stack, weights).items()}, stack.base
+            )
+        passes, tokens = len(histories[g]) * len(train[g]), len(histories[g]) * sum(len(row) for row in train[g])
+        out.append(Fitted(adapter, weights.expand(len(stack.modules), -1), None, passes, tokens))
+    return out
+
+
+def _cobyla(value: Callable[[np.ndarray], float], dimension: int, budget: int) -> tuple[np.ndarray, list[float]]:
+    from scipy.optimize import minimize
+
+    seen: list[tuple[float, np.ndarray]] = []
+
+    def counted(w: np.ndarray) -> float:
+        if len(seen) >= budget:  # COBYLA's own count allows a few more
+            return seen[-1][0]
+        seen.append((float(value(np.clip(w, -BOUND, BOUND))), np.clip(w, -BOUND, BOUND).copy()))
+        return seen[-1][0]
+
+    minimize(
+        counted,
+        np.zeros(dimension),
+        method="COBYLA",
+        bounds=[(-BOUND, BOUND)] * dimension,
+        options={"maxiter": max(budget, dimension + 2), "rhobeg": 0.5},
+    )
+    return min(seen, key=lambda pair: pair[0])[1], [loss for loss, _ in seen]

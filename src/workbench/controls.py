@@ -1,0 +1,61 @@
+"""Random controls: the same stack with every adapter replaced by one that was never trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from workbench.errors import MergeError
+from workbench.stack import Stack, Units, factored_svd
+
+__all__ = ["MATCHES", "random_like"]
+
+MATCHES = ("sigma", "norm", "spectrum")
+
+
+def random_like(stack: Stack, match: str = "sigma", *, seed: int) -> Stack:
+    """Replace every adapter by a random one of the same ranks and modules.
+
+    sigma: raw A and B ~ N(0, σ²), σ the standard deviation of the raw factors over the replaced adapters, per module and
+    factor, then each adapter's own scaling (recycling study, §5). norm: the same, rescaled so that each ΔW_im has the
+    replaced one's Frobenius norm. spectrum: random singular vectors under the replaced one's singular values.
+
+    Raises:
+        MergeError: an unknown match.
+    """
+    if match not in MATCHES:
+        raise MergeError(f"random control {match!r} is unknown; choose one of {', '.join(MATCHES)}")
+    generator = torch.Generator().manual_seed(int(seed))
+    modules = {
+        module: _random_units(units.to("cpu"), match, generator) for module, units in sorted(stack.modules.items())
+    }
+    names = tuple(f"random-{i}-{name}" for i, name in enumerate(stack.names))
+    return Stack(names, {module: modules[module].to(stack.device) for module in stack.modules}, stack.base)
+
+
+def _random_units(units: Units, match: str, generator: torch.Generator) -> Units:
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    raw_b = units.B / units.scale
+    new = replace(units, A=normal(*units.A.shape) * units.A.std(), B=normal(*units.B.shape) * raw_b.std() * units.scale)
+    if match == "sigma":
+        return new
+    A, B = new.A.clone(), new.B.clone()
+    for i in units.owner.unique().tolist():
+        own = units.owner == i
+        if match == "norm":
+            size = (units.B[:, own] @ units.A[own]).norm() / (B[:, own] @ A[own]).norm().clamp_min(1e-30)
+            B[:, own] *= size
+        else:
+            rank = int(own.sum())
+            s = factored_svd(units.B[:, own], units.A[own])[1]
+            s = torch.cat([s, s.new_zeros(max(0, rank - len(s)))])[:rank]
+            left = torch.linalg.qr(normal(units.B.shape[0], rank))[0]
+            right = torch.linalg.qr(normal(units.A.shape[1], rank))[0].T
+            q = left.shape[1]
+            B[:, own], A[own] = 0.0, 0.0
+            columns = own.nonzero()[:, 0][:q]
+            B[:, columns], A[columns] = left * s[:q].sqrt(), s[:q, None].sqrt() * right[:q]
+    return replace(new, A=A, B=B)

@@ -1,0 +1,304 @@
+"""What a merging method is, and `merge`, which runs one over a stack.
+
+A method is a short pure function of one module's units with a decorator; everything else (weights checked, options
+checked against the signature's hints, the scale, truncation, provenance) happens here:
+
+    @method("sum", paper="https://arxiv.org/abs/2212.04089", invariances={"units", "gauge", "order", "linear"})
+    def sum_(units: Units, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return units.times(weights[units.owner]), units.A
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+from workbench.adapters import Adapter, Factors
+from workbench.errors import MergeError
+from workbench.merge.dense import Dense, truncate
+from workbench.stack import Stack, Units
+
+__all__ = ["INVARIANCES", "Count", "Method", "Option", "Range", "Share", "merge", "method", "methods"]
+
+# What a method may declare; a property test holds each to what it declares. All are meant up to rounding.
+INVARIANCES = {
+    "units": "permuting the units of an adapter changes nothing",
+    "gauge": "(B, A) → (B M, M⁻¹ A), M invertible, per adapter and module, changes nothing; includes units and scale",
+    "scale": "(b, a) → (c b, a / c), c ≠ 0 of either sign, per unit, changes nothing",
+    "order": "the order of the adapters (and their weights) changes nothing",
+    "linear": "the update is linear in the weights",
+}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Limits of a number, both included; None is no limit."""
+
+    low: float | None = None
+    high: float | None = None
+
+    def __contains__(self, value) -> bool:
+        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+
+    def __str__(self) -> str:
+        if self.high is None:
+            return f"≥ {self.low}"
+        return f"≤ {self.high}" if self.low is None else f"in [{self.low}, {self.high}]"
+
+
+Share = Annotated[float, Range(0, 1)]
+Count = Annotated[int, Range(1)]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a method: its default, and the type hint that values are held to."""
+
+    default: object
+    hint: object = object
+
+    def accepts(self, value) -> bool:
+        return _accepts(self.hint, value)
+
+    def __str__(self) -> str:
+        return _words(self.hint)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method. `also` maps (option, value) → invariances that hold under that setting besides."""
+
+    name: str
+    function: Callable
+    paper: str
+    invariances: frozenset[str]
+    version: int = 1
+    dense: bool = False
+    options: dict[str, Option] = field(default_factory=dict)
+    truncates: bool = False
+    notes: Callable[[Stack, Tensor, dict], list[str]] | None = None
+    also: dict[tuple[str, object], frozenset[str]] = field(default_factory=dict)
+
+    def invariant(self, **options) -> frozenset[str]:
+        """The invariances that hold under these options."""
+        settings = {name: option.default for name, option in self.options.items()} | options
+        return self.invariances.union(*(more for (name, value), more in self.also.items() if settings[name] == value))
+
+    def settings(self, options: Mapping) -> dict:
+        """Defaults filled in and every value checked.
+
+        Raises:
+            MergeError: an unknown option, or a value that its hint does not allow.
+        """
+        for name, value in options.items():
+            if name not in self.options:
+                accepted = "; ".join(f"{key}: {option} ({option.default!r})" for key, option in self.options.items())
+                raise MergeError(
+                    f"{self.name} has no option {name!r}{_near(name, self.options)}; it takes {accepted or 'none'}"
+                )
+            if not self.options[name].accepts(value):
+                raise MergeError(f"{self.name}: {name} is {value!r}, expected {self.options[name]}")
+        return {name: options.get(name, option.default) for name, option in self.options.items()}
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def method(
+    name: str,
+    *,
+    paper: str,
+    invariances: set[str],
+    version: int = 1,
+    dense: bool = False,
+    truncates: bool = False,
+    notes: Callable[[Stack, Tensor, dict], list[str]] | None = None,
+    also: Mapping[tuple[str, object], set[str]] | None = None,
+) -> Callable[[Callable], Callable]:
+    """Register a merging method: a function (units, weights, *, options) of one module.
+
+    The function gets `Units` in fp32 (or wider) and weights (N,) on the units' device, and returns factors
+    (B (d_out, q), A (q, d_in)), or ΔW (d_out, d_in) with `dense`. Options are keyword-only, with a default and a hint
+    (`Share`, `Count`, `Literal`, bool, int, float, str, or one of these `| None`).
+
+    Args:
+        paper: the link to what it implements.
+        invariances: words of `INVARIANCES` that hold under the default options.
+        version: to be raised whenever results change; stored results are keyed by it.
+        truncates: the result is cut to `rank`, and where none is given to the largest rank among the candidates.
+        notes: called once before merging with (stack, weights, options); may raise, and returns remarks for the result.
+        also: (option, value) → further invariances under that setting.
+
+    Raises:
+        MergeError: the name is taken, or an invariance unknown.
+    """
+    also = {key: frozenset(words) for key, words in (also or {}).items()}
+    unknown = sorted(set(invariances).union(*also.values()) - set(INVARIANCES))
+    if unknown:
+        raise MergeError(f"{name}: unknown invariances {', '.join(unknown)}; there are {', '.join(INVARIANCES)}")
+
+    def register(function: Callable) -> Callable:
+        taken = _METHODS.get(name)
+        if taken and (taken.function.__module__, taken.function.__qualname__) != (
+            function.__module__,
+            function.__qualname__,
+        ):
+            raise MergeError(f"a method {name!r} exists already ({taken.function.__module__}); choose another name")
+        hints = get_type_hints(function, include_extras=True)
+        options = {
+            key: Option(parameter.default, hints.get(key, object))
+            for key, parameter in inspect.signature(function).parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY
+        }
+        _METHODS[name] = Method(
+            name, function, paper, frozenset(invariances), version, dense, options, truncates, notes, also
+        )
+        return function
+
+    return register
+
+
+def methods() -> dict[str, Method]:
+    """Name → method, in the order of registration."""
+    return dict(_METHODS)
+
+
+def merge(
+    source: Stack | Sequence[Adapter],
+    method: str = "average",
+    *,
+    weights: Mapping[str, float] | Sequence[float] | Tensor | None = None,
+    scale: float = 1.0,
+    rank: int | None = None,
+    name: str | None = None,
+    **options,
+) -> Adapter | Dense:
+    """Merge adapters into one update.
+
+        merge(adapters, "average")                          # an adapter of rank Σ r
+        merge(stack, "ties", density=0.2, rank=16)          # dense, then truncated; info["error"] says at what cost
+
+    Args:
+        source: a stack, or adapters of one base, of any mix of ranks and targets.
+        method: a name in `methods()`.
+        weights: one per adapter, in order or by name; any sign; None is 1 for each.
+        scale: λ, which multiplies the finished update. Tune it on the validation split for every method alike.
+        rank: truncate the result to this rank, by SVD.
+        name: of the result; such as "ties-of-10" where none is given.
+        options: the method's own; `methods()[name].options` lists them.
+
+    Returns:
+        `Adapter`, or `Dense` for a dense method without `rank`. `info` holds method, version, options, paper,
+        sources (name → weight), report (adapter × module: rank, and whether it was used), notes, and, where truncated,
+        error (module → relative Frobenius error).
+
+    Raises:
+        MergeError: an unknown method or option, a value out of its range, or values that are not finite.
+    """
+    if method not in _METHODS:
+        raise MergeError(f"no merging method {method!r}{_near(method, _METHODS)}; choose one of {', '.join(_METHODS)}")
+    chosen = _METHODS[method]
+    settings = chosen.settings(options)
+    if not _accepts(float, scale):
+        raise MergeError(f"scale is {scale!r}, expected a finite number")
+    if not _accepts(Count | None, rank):
+        raise MergeError(f"rank is {rank!r}, expected {_words(Count | None)}")
+    stack = source if isinstance(source, Stack) else Stack.of([source] if isinstance(source, Adapter) else source)
+    if not stack.modules:
+        raise MergeError(f"the {len(stack)} adapters hold no module, so there is nothing to merge")
+    each = stack.weights(weights)
+    notes = chosen.notes(stack, each, settings) if chosen.notes else []
+    name = name or f"{method}-of-{len(stack)}"
+    info = {
+        "method": method,
+        "version": chosen.version,
+        "options": {**settings, "scale": scale, "rank": rank},
+        "paper": chosen.paper,
+        "sources": dict(zip(stack.names, each.tolist(), strict=True)),
+        "report": _report(stack, each),
+        "notes": notes,
+    }
+    found = {module: _run(chosen, stack, module, units, each, settings, scale) for module, units in stack}
+    if chosen.dense:
+        result = Dense(name, found, stack.base, info)
+        return result if rank is None else result.truncate(rank)
+    result = Adapter(name, found, stack.base, info)
+    if rank is None and not chosen.truncates:
+        return result
+    return truncate(result, rank or {module: int(units.ranks(len(stack)).max()) for module, units in stack})
+
+
+merge.methods = methods
+
+
+def _run(chosen: Method, stack: Stack, module: str, units: Units, weights: Tensor, settings: dict, scale: float):
+    """One module's result, scaled and in main memory."""
+    dtype = torch.promote_types(units.B.dtype, torch.float32)  # a sum in bf16 stalls (256 + 1 = 256)
+    units = replace(units, B=units.B.to(dtype), A=units.A.to(dtype))
+    finite = torch.isfinite(units.B).all(0) & torch.isfinite(units.A).all(1)
+    if not finite.all():
+        culprits = ", ".join(stack.names[i] for i in units.owner[~finite].unique().tolist())
+        raise MergeError(f"{module} holds values that are not finite in {culprits}; leave such adapters out")
+    result = chosen.function(units, weights.to(units.B), **settings)
+    if not all(bool(torch.isfinite(part).all()) for part in ((result,) if chosen.dense else result)):
+        raise MergeError(f"{chosen.name}: the result for {module} overflows; lower the weights")
+    if chosen.dense:
+        return (result * scale).cpu()
+    B, A = result
+    return Factors((B * scale).cpu().contiguous(), A.cpu().contiguous())
+
+
+def _report(stack: Stack, weights: Tensor) -> list[dict]:
+    ranks, given = stack.ranks().tolist(), weights.tolist()
+    return [
+        {
+            "adapter": name,
+            "module": module,
+            "rank": ranks[i][m],
+            "weight": given[i],
+            "status": "absent" if not ranks[i][m] else "used" if given[i] else "weight 0",
+        }
+        for i, name in enumerate(stack.names)
+        for m, module in enumerate(stack.modules)
+    ]
+
+
+def _near(name: str, names) -> str:
+    near = difflib.get_close_matches(str(name), list(names), 1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _accepts(hint, value) -> bool:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _accepts(arguments[0], value) and value in arguments[1]
+    if origin in (Union, UnionType):
+        return any(_accepts(argument, value) for argument in arguments)
+    if origin is Literal:
+        return any(type(value) is type(argument) and value == argument for argument in arguments)
+    if hint is int:
+        return isinstance(value, Integral) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, hint)
+
+
+def _words(hint) -> str:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return f"{_words(arguments[0])} {arguments[1]}"
+    if origin in (Union, UnionType):
+        return " or ".join(_words(argument) for argument in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, arguments))
+    names = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text", NoneType: "None"}
+    return names.get(hint, "any value")

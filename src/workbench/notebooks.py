@@ -1,0 +1,244 @@
+"""Run the numbered notebooks headlessly, or store their outputs anew: `python -m workbench.notebooks run|store|list`.
+
+A notebook carries its own settings for the gates in its metadata: `workbench.small`, a dict of parameters that makes
+it run in seconds, and `workbench.runs`, a list of such dicts for the slow gate. Notebooks are found by glob.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+from workbench.errors import WorkbenchError
+
+__all__ = ["execute", "find", "parameters_of", "run", "settings", "store", "title_of"]
+
+PATTERN = "[0-9]*.ipynb"
+CELL_TIMEOUT = 600
+KEPT_METADATA = ("kernelspec", "language_info", "workbench")
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def find(folder: str | Path = "notebooks", names: Iterable[str] = ()) -> list[Path]:
+    """The numbered notebooks of a folder in order; `names` keeps those whose file name starts with one of them.
+
+    Raises:
+        WorkbenchError: a name that no notebook starts with.
+    """
+    found, names = sorted(Path(folder).glob(PATTERN)), tuple(names)
+    for name in names:
+        if not any(path.name.startswith(name) for path in found):
+            raise WorkbenchError(f"no notebook in {folder} starts with {name!r}; there are {[p.stem for p in found]}")
+    return [path for path in found if not names or path.name.startswith(names)]
+
+
+def read(path: str | Path):
+    """A notebook as nbformat reads it, brought to version 4."""
+    import nbformat
+
+    return nbformat.read(path, as_version=4)
+
+
+def title_of(notebook) -> str:
+    """The first line of the first markdown cell, without its `#`; empty where there is none."""
+    texts = (cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    return next(texts, "").partition("\n")[0].lstrip("# ").strip()
+
+
+def parameters_of(notebook) -> dict:
+    """Names and default values that the cell tagged `parameters` assigns; only literals are allowed there.
+
+    Raises:
+        WorkbenchError: no such cell, several, or something in it that is not `name = literal`.
+    """
+    cells = [c for c in notebook.cells if c.cell_type == "code" and "parameters" in c.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise WorkbenchError(f"expected one code cell tagged `parameters`, found {len(cells)}")
+    found = {}
+    for statement in ast.parse(cells[0].source).body:
+        try:
+            if isinstance(statement, ast.AnnAssign):
+                targets, value = [statement.target], ast.literal_eval(statement.value)
+            else:
+                targets, value = statement.targets, ast.literal_eval(statement.value)
+            found.update({target.id: value for target in targets})
+        except (AttributeError, TypeError, ValueError) as error:
+            raise WorkbenchError(
+                f"line {statement.lineno} of the parameters cell, `{ast.unparse(statement)}`, is not `name = literal`; "
+                f"move what is derived to the next cell"
+            ) from error
+    return found
+
+
+def settings(path: Path, mode: str) -> list[dict]:
+    """The parameter overrides of each run of a notebook: `defaults` (one, empty), `small` (one) or `runs` (any number).
+
+    Raises:
+        WorkbenchError: a notebook without `workbench.small`, or an override that is not among its parameters.
+    """
+    if mode == "defaults":
+        return [{}]
+    notebook = read(path)
+    own = notebook.metadata.get("workbench", {})
+    if mode == "small" and "small" not in own:
+        raise WorkbenchError(f"{path.name}: its metadata has no `workbench.small`, a dict of small parameters")
+    overrides = [own["small"]] if mode == "small" else own.get("runs", [])
+    known = parameters_of(notebook)
+    for override in overrides:
+        if unknown := sorted(set(override) - set(known)):
+            raise WorkbenchError(f"{path.name}: workbench.{mode} sets {unknown}, its parameters are {sorted(known)}")
+    return [dict(override) for override in overrides]
+
+
+def _encrypted():
+    """The configuration under which a kernel does not warn, amid the progress lines, that its transport is open."""
+    from traitlets.config import Config
+
+    return Config(KernelManager={"transport_encryption": "required"})
+
+
+def execute(path: Path, target: Path, parameters: dict, *, timeout: int = CELL_TIMEOUT) -> None:
+    """Execute one notebook with papermill in its own folder, writing the executed copy to `target`.
+
+    Args:
+        parameters: overrides of the cell tagged `parameters`; plain JSON values.
+        timeout: seconds a cell may take; a dead kernel ends there too.
+    """
+    import papermill
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    papermill.execute_notebook(
+        str(path),
+        str(target),
+        parameters=parameters,
+        cwd=str(path.parent),
+        kernel_name="python3",
+        language="python",
+        execution_timeout=timeout,
+        progress_bar=False,
+        config=_encrypted(),
+    )
+
+
+def run(
+    paths: Iterable[Path], to: Path, out: Path | None = None, *, mode: str = "defaults", timeout: int = CELL_TIMEOUT
+) -> dict[str, str]:
+    """Execute notebooks one after the other, with a line on each; a failure does not stop the others.
+
+    Args:
+        to: folder of the executed copies; several runs of one notebook are numbered from 0.
+        out: folder of the figures, given to each notebook as its parameter `out`; by default one for each under `to`.
+        mode: `defaults`, `small` or `runs`, see `settings`.
+
+    Returns:
+        Name of each failed run → the last line of its error.
+
+    Raises:
+        WorkbenchError: settings that do not suit their notebook; nothing has run then.
+    """
+    jobs = {}
+    for path in paths:
+        for i, override in enumerate(settings(path, mode)):
+            name = f"{path.stem}-{i}" if mode == "runs" else path.stem
+            figures = Path(out or to / "figures" / name).resolve()
+            figures.mkdir(parents=True, exist_ok=True)
+            given = {**override, "out": os.path.relpath(figures, path.parent.resolve())}
+            jobs[name] = partial(execute, path, to / f"{name}.ipynb", given, timeout=timeout)
+    return _each(jobs)
+
+
+def store(path: Path, *, timeout: int = CELL_TIMEOUT) -> None:
+    """Execute a notebook in place with its defaults: fresh kernel, in order, counts 1…n, only lasting metadata kept.
+
+    The file is replaced when every cell has succeeded, and left alone otherwise.
+    """
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = read(path)
+    NotebookClient(
+        notebook,
+        timeout=timeout,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
+        store_widget_state=False,
+        record_timing=False,
+        config=_encrypted(),
+    ).execute()
+    notebook.metadata = {key: value for key, value in notebook.metadata.items() if key in KEPT_METADATA}
+    notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata["language_info"] = {"name": "python"}
+    for cell in notebook.cells:
+        cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
+        for output in cell.get("outputs", []):
+            if "data" in output:
+                output.data.pop(WIDGET_VIEW, None)
+    fresh = path.with_suffix(".ipynb.part")
+    nbformat.write(nbformat.from_dict(notebook), fresh)
+    os.replace(fresh, path)
+
+
+def _each(jobs: dict[str, Callable[[], None]]) -> dict[str, str]:
+    """Call each job, printing its name, seconds and outcome; name → last line of the error of those that failed."""
+    failed = {}
+    for name, job in jobs.items():
+        print(f"{name} …", end=" ", flush=True)
+        start = time.perf_counter()
+        try:
+            job()
+        except Exception as error:
+            lines = [line.strip() for line in _COLOUR.sub("", str(error)).splitlines() if line.strip()]
+            failed[name] = lines[0 if isinstance(error, TimeoutError) else -1] if lines else type(error).__name__
+        outcome = f"failed: {failed[name]}" if name in failed else "ok"
+        print(f"{time.perf_counter() - start:.0f} s {outcome}", flush=True)
+    return failed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; exit code 1 when a notebook failed, 2 when it could not be started."""
+    parser = argparse.ArgumentParser(prog="python -m workbench.notebooks", description=__doc__.partition("\n")[0])
+    parser.add_argument("action", choices=["run", "store", "list"])
+    parser.add_argument("names", nargs="*", help="only notebooks whose file name starts so (default: all)")
+    parser.add_argument("--folder", type=Path, default=Path("notebooks"), help="where the notebooks lie")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--small", action="store_const", const="small", dest="mode", help="at their small parameters")
+    which.add_argument("--parameterised", action="store_const", const="runs", dest="mode", help="each of their runs")
+    parser.add_argument("--to", type=Path, help="folder of the executed copies (default: a temporary one)")
+    parser.add_argument("--out", type=Path, help="folder of the figures (default: one for each run under --to)")
+    parser.add_argument("--timeout", type=int, default=CELL_TIMEOUT, help="seconds a cell may take")
+    given = parser.parse_args(arguments)
+    try:
+        paths = find(given.folder, given.names)
+        if not paths:
+            print(f"no notebooks in {given.folder}: nothing was done")
+            return 0
+        if given.action == "list":
+            for path in paths:
+                print(f"{path}: {title_of(read(path))}")
+            return 0
+        if given.action == "store":
+            failed = _each({path.stem: partial(store, path, timeout=given.timeout) for path in paths})
+        else:
+            with tempfile.TemporaryDirectory() as temporary:
+                failed = run(
+                    paths, given.to or Path(temporary), given.out, mode=given.mode or "defaults", timeout=given.timeout
+                )
+    except WorkbenchError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for name, line in failed.items():
+        print(f"{name} failed: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

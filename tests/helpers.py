@@ -1,0 +1,254 @@
+"""Tiny models and random adapters for the tests; everything is built offline and seeded."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from workbench.adapters import Adapter, Factors
+from workbench.base import Base
+from workbench.compose import compose, grouped
+from workbench.nano.forge import PRESETS, new_model
+from workbench.nano.shelf import make_tokenizer
+
+SENTENCES = (
+    "the cat sat on the mat and the dog sat by the door",
+    "a reverse of the list is the list from its end to its start",
+    "sort the animals: bat cat cow dog elk fox hen owl pig rat yak",
+    "months of the year are jan feb mar apr may jun jul aug sep oct nov dec",
+    "swap the first two, then drop the last one = done",
+    "how many items are in the list? count them: 1 2 3 4 5 6 7 8 9 10",
+)
+
+
+def tiny_base(seed: int = 0, spread: float = 1.0) -> Base:
+    """A Llama of 2 layers, hidden 32, random weights; `spread` multiplies its matrices, which makes its output lively."""
+    tokenizer = make_tokenizer()
+    model = new_model(PRESETS["tiny"], tokenizer)
+    if seed or spread != 1.0:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.ndim == 2:
+                    p.copy_(torch.randn(p.shape, generator=generator) * 0.02 * spread)
+    return Base(model, tokenizer, "tiny")
+
+
+def tiny_gpt2() -> Base:
+    """A GPT-2 of 2 layers, hidden 32 (Conv1D layers, which store Wᵀ; attn.c_attn is 96×32)."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    stop = tokenizer.eos_token_id
+    size = {"n_positions": 256, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    config = GPT2Config(vocab_size=len(tokenizer), **size, bos_token_id=None, eos_token_id=stop, pad_token_id=0)
+    return Base(GPT2LMHeadModel(config), tokenizer, "tiny-gpt2")
+
+
+def worded_base(kind: str, seed: int = 0, spread: float = 6.0) -> Base:
+    """A tiny random Llama with a "byte-bpe" or a "unigram" tokenizer trained on a few sentences."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<unk>", "<s>", "</s>", "<|end|>"]
+    if kind == "byte-bpe":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=340, special_tokens=special[1:], initial_alphabet=alphabet, show_progress=False
+        )
+    else:
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=90, special_tokens=special, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(SENTENCES * 4, trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="</s>",
+        unk_token="<unk>" if kind == "unigram" else None,
+        clean_up_tokenization_spaces=False,
+    )
+    wrapped.name_or_path = kind
+    ends = [wrapped.eos_token_id, wrapped.convert_tokens_to_ids("<|end|>")]
+    config = LlamaConfig(
+        vocab_size=len(wrapped),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=ends,
+        pad_token_id=ends[0],
+    )
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 2:
+                p.mul_(spread)
+    return Base(model, wrapped, kind)
+
+
+def random_adapter(
+    base: Base | Mapping[str, tuple[int, int]],
+    rank: int | Mapping[str, int] = 4,
+    seed: int = 0,
+    targets: Iterable[str] | None = None,
+    *,
+    alpha: float | None = None,
+    rslora: bool = False,
+    name: str | None = None,
+    size: float = 0.1,
+) -> Adapter:
+    """Random A and B in a base's projections (or in the shapes given).
+
+    Args:
+        rank: one for all modules, or per module path.
+        targets: module paths, or their last parts; None takes all.
+        alpha: α; None takes twice the rank.
+        size: standard deviation of the raw factors.
+    """
+    shapes = base.projections if isinstance(base, Base) else dict(base)
+    wanted = None if targets is None else set(targets)
+    generator = torch.Generator().manual_seed(seed)
+    modules = {}
+    for module, (d_out, d_in) in shapes.items():
+        if wanted is not None and module not in wanted and module.rsplit(".", 1)[-1] not in wanted:
+            continue
+        r = rank if isinstance(rank, int) else rank[module]
+        a = 2 * r if alpha is None else alpha
+        s = a / math.sqrt(r) if rslora else a / r
+        B = torch.randn(d_out, r, generator=generator) * size
+        modules[module] = Factors(B * s, torch.randn(r, d_in, generator=generator) * size, s)
+    return Adapter(name or f"random-{seed}", modules, base.name if isinstance(base, Base) else "")
+
+
+@contextmanager
+def peft_s_own_warnings() -> Iterator[None]:
+    """peft 0.21 asks transformers 5 for a property under its old name; that is all that is let pass."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
+        yield
+
+
+def peft_model(base: Base, seed: int = 0, size: float = 0.1, **config) -> nn.Module:
+    """A copy of the base wrapped by plain peft, its factors random (B too); `config` goes to LoraConfig."""
+    from peft import LoraConfig, get_peft_model
+
+    with peft_s_own_warnings():
+        model = get_peft_model(copy.deepcopy(base.model), LoraConfig(task_type="CAUSAL_LM", **config)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * size)
+    return model
+
+
+def write_peft(base: Base, folder: Path, seed: int = 0, size: float = 0.1, **config) -> nn.Module:
+    """Write a folder with plain peft itself; returns the peft model that was written."""
+    model = peft_model(base, seed, size, **config)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return model
+
+
+def write_raw(folder: Path, tensors: Mapping[str, Tensor], **config) -> Path:
+    """Write an adapter folder by hand: these tensors under these keys, this config over a plain one."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(tensors), folder / "adapter_model.safetensors")
+    plain = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(plain | config), encoding="utf-8")
+    return folder
+
+
+def some_ids(base: Base, rows: int = 3, length: int = 12, seed: int = 0) -> Tensor:
+    """Random token ids (rows, length)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, len(base.tokenizer), (rows, length), generator=generator)
+
+
+@torch.no_grad()
+def peft_logits(base: Base, folder: Path, ids: Tensor) -> Tensor:
+    """Logits of a copy of the base with a folder loaded by plain peft."""
+    from peft import PeftModel
+
+    with peft_s_own_warnings():
+        model = PeftModel.from_pretrained(copy.deepcopy(base.model), str(folder)).eval()
+    return model(input_ids=ids).logits
+
+
+@torch.no_grad()
+def hook_logits(base: Base, adapter: Adapter, ids: Tensor) -> Tensor:
+    """Logits of the base with one adapter at weight 1, through `compose`."""
+    with compose(base.model, grouped([adapter])):
+        return base.model(input_ids=ids).logits
+
+
+def dense_model(base: Base, deltas: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the base with ΔW (d_out, d_in) added to the weights themselves: the oracle for every composition."""
+    model = copy.deepcopy(base.model)
+    layers = dict(model.named_modules())
+    with torch.no_grad():
+        for module, delta in deltas.items():
+            weight = layers[module].weight
+            weight += delta.to(weight) if isinstance(layers[module], nn.Linear) else delta.T.to(weight)
+    return model
+
+
+def hook_count(model: nn.Module) -> int:
+    """How many forward hooks the model's modules hold."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """max|Δ| / max|want|."""
+    return float((got.double() - want.double()).abs().max() / want.double().abs().max())
+
+
+@torch.no_grad()
+def generate(
+    base: Base, prompts: Sequence[Sequence[int]], limit: int, model: nn.Module | None = None
+) -> list[list[int]]:
+    """Greedy continuations by transformers' own `generate` under a neutral configuration, all stop ids; one at a time."""
+    from transformers import GenerationConfig
+
+    model = model or base.model
+    neutral = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=limit,
+        eos_token_id=list(base.stop_ids),
+        pad_token_id=base.stop_ids[0],
+        use_cache=True,
+    )
+    own, model.generation_config = model.generation_config, neutral
+    try:
+        out = []
+        for prompt in prompts:
+            ids = torch.tensor([list(prompt)])
+            done = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=neutral)
+            out.append(done[0, ids.shape[1] :].tolist())
+    finally:
+        model.generation_config = own
+    return out
+
+
+def comes_out(base: Base, generated: Sequence[int], target: Sequence[int], limit: int) -> bool:
+    """Did a greedy generation produce exactly these token ids (its stop token left out)?"""
+    body, ended = list(generated), False
+    if body and body[-1] in base.stop_ids:
+        body, ended = body[:-1], True
+    return body == list(target) and (ended or len(body) == limit)

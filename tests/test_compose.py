@@ -1,0 +1,296 @@
+"""Updates as hooks against a copy of the model with ΔW added to its weights."""
+
+import copy
+
+import pytest
+import torch
+
+from helpers import dense_model, hook_count, random_adapter, relative, some_ids, tiny_base, tiny_gpt2
+from workbench.adapters import Adapter
+from workbench.base import Base, check_fits
+from workbench.compose import LowRank, compose, grouped, layer_shape, shared, slice_groups
+from workbench.errors import AdapterError, BaseError, MergeError
+from workbench.stack import Stack
+
+Q0, DOWN1 = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def base():
+    return tiny_base(spread=4)
+
+
+@pytest.fixture(scope="module")
+def adapters(base):
+    """Four of unequal ranks and targets."""
+    targets = (None, ["q_proj", "v_proj"], ["k_proj", "down_proj", "up_proj"], None)
+    ranks = ({m: 1 + i % 4 for i, m in enumerate(base.projections)}, 2, 5, 3)
+    return [random_adapter(base, r, i, t, name=f"a{i}") for i, (r, t) in enumerate(zip(ranks, targets, strict=True))]
+
+
+def deltas(stack, coefficients):
+    """Σ c ΔW per module, float64; coefficients (N,) or (M, N)."""
+    c = coefficients.double()
+    out = {}
+    for i, (module, units) in enumerate(stack):
+        each = (c if c.ndim == 1 else c[i])[units.owner]
+        out[module] = (units.B.double() * each) @ units.A.double()
+    return out
+
+
+@torch.no_grad()
+def oracle(base, dense, ids):
+    return dense_model(base, dense)(input_ids=ids).logits
+
+
+def run(base, updates, ids, grad):
+    with torch.set_grad_enabled(grad), compose(base.model, updates):
+        return base.model(input_ids=ids).logits.detach()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("per_module", [False, True])
+def test_candidates_over_one_stack(base, adapters, grad, per_module):
+    stack = Stack.of(adapters)
+    generator = torch.Generator().manual_seed(0)
+    c = torch.randn((3, len(stack.modules), 4) if per_module else (3, 4), generator=generator)
+    ids = some_ids(base, rows=2)
+    got = run(base, shared(stack, c), ids.repeat(3, 1), grad)
+    for k in range(3):
+        want = oracle(base, deltas(stack, c[k]), ids)
+        assert relative(got[2 * k : 2 * k + 2], want) < 1e-4
+    assert relative(got[:2], got[2:4]) > 1e-2
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_each_group_its_own_adapter(base, adapters, grad):
+    ids = some_ids(base, rows=8)
+    got = run(base, grouped(adapters), ids, grad)
+    for g, adapter in enumerate(adapters):
+        want = oracle(base, deltas(Stack.of([adapter]), torch.ones(1)), ids[2 * g : 2 * g + 2])
+        assert relative(got[2 * g : 2 * g + 2], want) < 1e-4
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_candidates_over_each_of_several_stacks(base, adapters, grad):
+    """2 stacks × 3 candidates × 2 rows."""
+    generator = torch.Generator().manual_seed(1)
+    stacks = [Stack.of(adapters[:2]), Stack.of(adapters[2:])]
+    joined = {m: [s.modules[m] for s in stacks] for m in stacks[0].modules if all(m in s.modules for s in stacks)}
+    c = {m: [torch.randn(3, len(u), generator=generator) for u in pair] for m, pair in joined.items()}
+    updates = {}
+    for module, pair in joined.items():
+        width = max(len(u) for u in pair)
+        B, A = torch.zeros(2, pair[0].shape[0], width), torch.zeros(2, width, pair[0].shape[1])
+        full = torch.zeros(6, width)
+        for g, u in enumerate(pair):
+            B[g, :, : len(u)], A[g, : len(u)], full[3 * g : 3 * g + 3, : len(u)] = u.B, u.A, c[module][g]
+        updates[module] = LowRank(B, A, full)
+        assert updates[module].groups == 6
+    ids = some_ids(base, rows=12)
+    got = run(base, updates, ids, grad)
+    for g in range(2):
+        for k in range(3):
+            rows = slice(2 * (3 * g + k), 2 * (3 * g + k) + 2)
+            want = oracle(base, {m: joined[m][g].delta(c[m][g][k]) for m in joined}, ids[rows])
+            assert relative(got[rows], want) < 1e-4
+    whole = [run(base, slice_groups(updates, 3 * g, 3 * g + 3, 6), ids[6 * g : 6 * g + 6], grad) for g in range(2)]
+    assert relative(torch.cat(whole), got) < 1e-5
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_slices_of_groups_equal_the_whole(base, adapters, size):
+    ids = some_ids(base, rows=6)
+    c = torch.randn(6, 4, generator=torch.Generator().manual_seed(2))
+    six = [*adapters, adapters[1].times(-2), adapters[0].times(0.5)]
+    for updates in (shared(Stack.of(adapters), c), grouped(six), shared(Stack.of(adapters), c[:1]), grouped(six[:1])):
+        whole = run(base, updates, ids, False)
+        parts = [run(base, slice_groups(updates, i, i + size, 6), ids[i : i + size], False) for i in range(0, 6, size)]
+        assert relative(torch.cat(parts), whole) < 1e-5
+
+
+def test_gradients_reach_c_b_and_a(base, adapters):
+    """Against autograd through the dense weight W + B diag(c) A, in float64."""
+    wide = Base(copy.deepcopy(base.model).double(), base.tokenizer, "double")
+    stack, ids = Stack.of(adapters), some_ids(base, rows=4)
+    generator = torch.Generator().manual_seed(3)
+    leaves = {}
+    for module, units in stack:
+        c = torch.randn(2, len(units), generator=generator).double()
+        leaves[module] = [t.clone().requires_grad_() for t in (units.B.double(), units.A.double(), c)]
+    probe = torch.randn(4, ids.shape[1], len(base.tokenizer), generator=generator).double()
+    with compose(wide.model, {m: LowRank(*ts) for m, ts in leaves.items()}):
+        loss = (wide.model(input_ids=ids).logits * probe).sum()
+    flat = [t for ts in leaves.values() for t in ts]
+    got = torch.autograd.grad(loss, flat)
+    assert all(p.grad is None for p in wide.model.parameters())
+    weights = dict(wide.model.named_parameters())
+    total = 0.0
+    for k in range(2):
+        moved = {f"{m}.weight": weights[f"{m}.weight"] + (B * c[k]) @ A for m, (B, A, c) in leaves.items()}
+        rows = slice(2 * k, 2 * k + 2)
+        out = torch.func.functional_call(wide.model, moved, kwargs={"input_ids": ids[rows]}).logits
+        total = total + (out * probe[rows]).sum()
+    torch.testing.assert_close(loss, total, rtol=1e-8, atol=1e-6)
+    for mine, want in zip(got, torch.autograd.grad(total, flat), strict=True):
+        assert float(want.abs().max()) > 0
+        assert relative(mine, want) < 1e-5  # rotary embeddings stay in single precision
+
+
+def test_gradients_of_stacked_factors_stay_with_their_group(base, adapters):
+    updates = grouped(adapters[:2])
+    leaves = {m: LowRank(u.B.requires_grad_(), u.A.requires_grad_()) for m, u in updates.items()}
+    with compose(base.model, leaves):
+        logits = base.model(input_ids=some_ids(base, rows=4)).logits
+    logits[:2].square().sum().backward()
+    assert float(leaves[Q0].B.grad[0].abs().max()) > 0
+    assert float(leaves[Q0].A.grad[0].abs().max()) > 0
+    assert float(leaves[Q0].B.grad[1].abs().max()) == 0
+    assert float(leaves[Q0].A.grad[1].abs().max()) == 0
+
+
+def test_no_trace_is_left(base, adapters):
+    ids = some_ids(base)
+    with torch.no_grad():
+        before = base.model(input_ids=ids).logits
+    state = {k: v.clone() for k, v in base.model.state_dict().items()}
+    assert hook_count(base.model) == 0
+    with compose(base.model, grouped(adapters[:1])), torch.no_grad():
+        assert hook_count(base.model) == len(adapters[0].modules)
+        base.model(input_ids=ids)
+    assert hook_count(base.model) == 0
+    with pytest.raises(RuntimeError, match="in the middle"), compose(base.model, grouped(adapters[:1])):
+        raise RuntimeError("in the middle")
+    assert hook_count(base.model) == 0
+    last = list(adapters[0].modules)[-1]
+    wrong = grouped(adapters[:1]) | {last: LowRank(torch.zeros(3, 1), torch.zeros(1, 3))}
+    with pytest.raises(AdapterError, match=f"{last}: an update of 3×3"), compose(base.model, wrong):
+        pytest.fail("the context must not open")
+    assert hook_count(base.model) == 0
+    with pytest.raises(MergeError), compose(base.model, grouped(adapters)), torch.no_grad():
+        base.model(input_ids=ids)  # 3 rows, 4 groups: fails within a hook
+    assert hook_count(base.model) == 0
+    with torch.no_grad():
+        assert torch.equal(base.model(input_ids=ids).logits, before)
+    assert all(torch.equal(v, state[k]) for k, v in base.model.state_dict().items())
+
+
+def test_contexts_nest(base, adapters):
+    ids = some_ids(base)
+    with torch.no_grad(), compose(base.model, grouped(adapters[:1])), compose(base.model, grouped(adapters[3:])):
+        got = base.model(input_ids=ids).logits
+    want = oracle(base, deltas(Stack.of([adapters[0], adapters[3]]), torch.ones(2)), ids)
+    assert relative(got, want) < 1e-4
+
+
+def test_the_factors_are_not_changed(base, adapters):
+    updates = shared(Stack.of(adapters), torch.ones(1, 4))
+    before = {m: (u.B.clone(), u.A.clone(), u.c.clone()) for m, u in updates.items()}
+    run(base, updates, some_ids(base), False)
+    for module, update in updates.items():
+        assert all(map(torch.equal, before[module], (update.B, update.A, update.c)))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_bf16_base_takes_fp32_coefficients(base, adapters, grad):
+    half = Base(copy.deepcopy(base.model).bfloat16(), base.tokenizer, "half")
+    stack, ids = Stack.of(adapters), some_ids(base, rows=2)
+    c = torch.tensor([[0.5, 1.0, -0.7, 0.2], [0.0, 0.3, 1.1, -1.0]])
+    got = run(half, shared(stack, c), ids.repeat(2, 1), grad)
+    assert got.dtype == torch.bfloat16
+    for k in range(2):
+        want = run(base, shared(stack, c[k : k + 1]), ids, False)
+        assert relative(got[2 * k : 2 * k + 2], want) < 5e-2
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("form", ["shared", "grouped"])
+def test_autocast(base, adapters, grad, form):
+    stack, ids = Stack.of(adapters), some_ids(base, rows=4)
+    updates = shared(stack, torch.ones(2, 4) * 0.3) if form == "shared" else grouped(adapters)
+    want = run(base, updates, ids, False)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run(base, updates, ids, grad)
+    assert relative(got, want) < 5e-2
+
+
+def test_conv1d_layers():
+    base = tiny_gpt2()
+    adapter = random_adapter(base, 3, targets=["c_attn", "c_fc", "c_proj"])
+    ids = some_ids(base)
+    want = oracle(base, {m: f.delta() for m, f in adapter.modules.items()}, ids)
+    assert relative(run(base, grouped([adapter]), ids, False), want) < 1e-4
+
+
+def test_grouped_fills_up_with_zeros(adapters):
+    updates = grouped(adapters)
+    assert set(updates) == {m for a in adapters for m in a.modules}
+    for module, update in updates.items():
+        for g, adapter in enumerate(adapters):
+            factors = adapter.modules.get(module)
+            want = torch.zeros_like(update.B[0] @ update.A[0]) if factors is None else factors.delta()
+            torch.testing.assert_close(update.B[g] @ update.A[g], want)
+        assert update.B.shape[2] == max(a.modules[module].rank for a in adapters if module in a.modules)
+
+
+def test_what_does_not_fit_is_refused(base, adapters):
+    stack = Stack.of(adapters)
+    with (
+        pytest.raises(BaseError, match=r"1 of 1 modules .* 'model\.layers\.7\.q_proj'"),
+        compose(base.model, {"model.layers.7.q_proj": LowRank(torch.zeros(2, 1), torch.zeros(1, 2))}),
+    ):
+        pass
+    with (
+        pytest.raises(AdapterError, match=rf"{DOWN1}: an update of 32×32 does not fit a layer of 32×64"),
+        compose(base.model, {DOWN1: LowRank(torch.zeros(32, 1), torch.zeros(1, 32))}),
+    ):
+        pass
+    for wrong in (torch.ones(2, 3), torch.ones(4), torch.ones(2, 3, 4), torch.ones(1, 2, 14, 4)):
+        with pytest.raises(MergeError, match=r"expected coefficients \(candidates, 4\) or \(candidates, 14, 4\)"):
+            shared(stack, wrong)
+    B, A = torch.zeros(2, 8, 3), torch.zeros(2, 3, 8)
+    for c in (torch.ones(2, 1), torch.ones(2, 4), torch.ones(3), torch.ones(3, 3)):  # 1 would broadcast; 3 straddles
+        with pytest.raises(MergeError, match=r"expected coefficients \(candidates, 3\), candidates a multiple of 2"):
+            LowRank(B, A, c)
+    for pair in ((B, A[:1]), (B[0], A), (B, A[:, :2])):
+        with pytest.raises(MergeError, match="no pair of factors"):
+            LowRank(*pair)
+    with pytest.raises(MergeError, match="3 rows cannot be split evenly among 4 groups"):
+        run(base, grouped(adapters), some_ids(base, rows=3), False)
+    odd = random_adapter({Q0: (32, 31)}, 2, name="odd")
+    with pytest.raises(AdapterError, match=rf"odd: {Q0} is 32×31, expected 32×32"):
+        grouped([adapters[0], odd])
+
+
+def test_a_base_knows_its_layers(base, tmp_path):
+    assert base.shapes["lm_head"] == (len(base.tokenizer), 32)
+    assert "lm_head" not in base.projections
+    assert base.projections[DOWN1] == (32, 64)
+    assert len(base.projections) == 14
+    assert layer_shape(base.model.model.norm) is None
+    check_fits(random_adapter(base), base.shapes)
+    with pytest.raises(AdapterError, match=r"far: the base has no layer model\.layers\.5\.q"):
+        check_fits(random_adapter({"model.layers.5.q": (32, 32)}, name="far"), base.shapes)
+    with pytest.raises(AdapterError, match=rf"odd: {Q0} is 32×31, the base's is 32×32"):
+        check_fits(random_adapter({Q0: (32, 31)}, name="odd"), base.shapes)
+    assert not any(p.requires_grad for p in base.model.parameters())
+    assert base.digest == tiny_base(spread=4).digest != tiny_base(spread=3).digest
+    for name in ("absent", "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(BaseError, match="no base model could be loaded"):
+            Base.load(tmp_path / name)
+    base.model.save_pretrained(tmp_path / "saved")
+    base.tokenizer.save_pretrained(tmp_path / "saved")
+    again = Base.load(tmp_path / "saved", device="cpu")
+    assert again.digest == base.digest
+    assert again.stop_ids == base.stop_ids == (base.tokenizer("\n")["input_ids"][0],)
+    (tmp_path / "saved" / "model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(BaseError, match="no base model could be loaded"):
+        Base.load(tmp_path / "saved", device="cpu")
+
+
+def test_an_empty_adapter_composes_to_the_base(base):
+    ids = some_ids(base)
+    with torch.no_grad():
+        want = base.model(input_ids=ids).logits
+    assert torch.equal(run(base, grouped([Adapter("none", {})]), ids, False), want)
