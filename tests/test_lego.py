@@ -211,7 +211,7 @@ def test_centroids_of_raw_are_those_of_scikit_learn():
     assert close(delta(merge(adapters, "lego", k=4, starts=20, **PLAIN)), torch.from_numpy(want))
 
 
-@settings(max_examples=10)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10_000), k=st.integers(2, 6), normalise=st.booleans())
 def test_kernel_k_means_ends_where_lloyd_s_own_step_stays(seed, k, normalise):
     """Oracle: k-means on the matrices b a themselves; a partition that Lloyd's step leaves, no worse than 1.2 × the best."""
@@ -251,7 +251,7 @@ def test_inner_products_are_those_of_the_vectors_and_of_the_matrices():
     assert torch.allclose(features(units, normalise=True).square().sum(1), torch.full((12,), 2.0).double())
 
 
-@settings(max_examples=10)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10_000), form=st.sampled_from(CANONICAL))
 def test_the_order_of_units_decides_nothing(seed, form):
     units = canonical(Stack.of(pool(4, 3, seed)).modules["m"], form)
@@ -334,7 +334,7 @@ def test_where_the_scale_goes_changes_raw_clusters_and_it_goes_into_b():
 # The canonical forms it relies on -----------------------------------------------------------------------------------
 
 
-@settings(max_examples=10)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10_000), form=st.sampled_from(CANONICAL))
 def test_canonical_forms_leave_every_adapter_s_delta_alone(seed, form):
     stack = Stack.of(pool(3, 3, seed))

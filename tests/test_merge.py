@@ -489,7 +489,7 @@ def change(adapters, weights, what, g):
 
 
 @pytest.mark.parametrize(("name", "options", "what"), CASES)
-@settings(max_examples=5)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 10_000), n=st.integers(2, 5), data=st.data())
 def test_declared_invariances_hold(name, options, what, seed, n, data):
     adapters = pool(n, seed, ranks=(3, 2, 4), absent={(1, "wide")})

@@ -145,8 +145,13 @@ class Pool:
             {"name": v.name, "accepted": v.accepted, "rule": v.rule, "reason": v.reason, **v.facts}
             for v in self._verdicts.values()
         ]
-        table = pd.DataFrame(rows).reindex(columns=list(COLUMNS))
-        return table.fillna({c: "" for c, kind in COLUMNS.items() if kind == "str"}).astype(COLUMNS)
+        unknown = {"str": "", "float64": float("nan")}
+        return pd.DataFrame(
+            {
+                column: pd.Series([row.get(column, unknown.get(kind)) for row in rows], dtype=kind)
+                for column, kind in COLUMNS.items()
+            }
+        )
 
     def show(self, n: int | None = None) -> Shown:
         """The table for a notebook, with everything that strangers wrote escaped."""

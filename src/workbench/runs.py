@@ -25,7 +25,7 @@ from workbench.tasks import Task
 __all__ = ["BASELINES", "SCALES", "Case", "Outcome", "Workplace", "run"]
 
 BASELINES = {"zero-shot": 1, "in-context": 1, "new adapter": 1}  # name → version
-SCALES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
+SCALES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Workplace:
         """The merge of a stack, made once however many tasks ask for it."""
         key = (id(stack), recipe.method, recipe.options)
         if key not in self._merged:
-            result = merge(stack.to(self.base.device), recipe.method, **dict(recipe.options))
+            result = merge(stack, recipe.method, **dict(recipe.options))
             self._merged[key] = result.truncate() if isinstance(result, Dense) else result
         return self._merged[key]
 

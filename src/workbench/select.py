@@ -95,11 +95,18 @@ def rank_adapters(pool: Pool, task: Task, base: Base) -> pd.DataFrame:
 
 def _score_all(pool: Pool, task: Task, base: Base) -> pd.DataFrame:
     examples, rows = encode_task(base, task, task.train), []
-    for chunk in _chunks(pool, 2**32 if base.device.type == "cuda" else 2**28):
-        adapters = [pool.adapter(name) for name in chunk]
-        for adapter in adapters:
-            check_fits(adapter, base.shapes)
-        result = score(base, [examples] * len(adapters), grouped(adapters, base.device))
+    chunks = _chunks(pool, 2**32 if base.device.type == "cuda" else 2**28)
+    held = pool.rankings[base].setdefault("factors", {})  # of a pool that fits at once: the next task asks again
+    for chunk in chunks:
+        updates = held.get(tuple(chunk))
+        if updates is None:
+            adapters = [pool.adapter(name) for name in chunk]
+            for adapter in adapters:
+                check_fits(adapter, base.shapes)
+            updates = grouped(adapters, base.device)
+            if len(chunks) == 1:
+                held[tuple(chunk)] = updates
+        result = score(base, [examples] * len(chunk), updates)
         rows += zip(chunk, result.accuracy.tolist(), result.loss.mean(1).tolist(), strict=True)
     rows.sort(key=lambda row: (-row[1], round(row[2], 6), row[0]))
     return pd.DataFrame(rows, columns=["name", "accuracy", "loss"])
