@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from helpers import comes_out, generate, hook_logits, peft_logits, relative, some_ids
+from workbench.adapt.gradient import Schedule
 from workbench.adapters import Adapter
 from workbench.base import Base, check_fits
 from workbench.compose import grouped
@@ -17,7 +18,14 @@ from workbench.nano import world
 from workbench.nano.forge import PRESETS, forge, plan_of, train_pool
 from workbench.nano.shelf import ADAPTERS, BASE, DATA, make_tokenizer
 
-TINY = replace(PRESETS["tiny"], documents=3000, base_steps=60, examples=60)
+TINY = replace(  # the preset in a hurry: what it learns does not matter here
+    PRESETS["tiny"],
+    documents=1200,
+    tokens_per_step=2048,
+    base_steps=45,
+    examples=40,
+    adapter=Schedule(steps=12, lr=1e-2, batch=8, every=4),
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,17 +80,17 @@ def test_the_report_is_stored_and_says_how_well_it_went(made):
     assert stored["preset"]["name"] == "tiny"
     losses = [row["loss"] for row in stored["log"]]
     assert len(losses) > 20
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     assert set(stored["base"]) >= {"named, seen", "named, unseen combination", "latent, by name"}
     assert {f"in context, {n} shown, {kind} operations" for n in (1, 3, 5) for kind in ("named", "latent")} <= set(
         stored["base"]
     )
     assert all(0 <= value <= 1 for value in stored["base"].values())
+    base = Base.load(out / "base", device="cpu")
     for name, row in stored["pool"].items():
         assert world.find(name).kind == "upstream"
         assert 0 <= row["zero_shot"] <= 1
         assert min(row["validation"]) < row["validation"][0]  # training lowered the loss
-        base = Base.load(out / "base", device="cpu")
         task = world.make_task(world.find(name), n_test=20)
         update = grouped([Adapter.load(out / "adapters" / name)])
         assert float(evaluate(base, task, update).accuracy) == pytest.approx(row["accuracy"], abs=1e-4)

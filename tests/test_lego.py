@@ -126,6 +126,21 @@ def test_fewer_different_units_than_k_leave_no_empty_unit(form):
     assert close(delta(update), delta(one))
 
 
+def test_copies_of_another_scale_and_sign_are_the_same_units_to_outer():
+    one = pool(1, rank=2)[0]
+    copies = [
+        one,
+        *(
+            replace(a, name=f"copy{i}")
+            for i, x in enumerate((-3.0, 0.7, 1.9))
+            for a in regauged([one], lambda r, g, x=x: x * torch.eye(r).double())
+        ),
+    ]
+    update = merge(copies, "lego", k=5, canonical="outer", **PLAIN)
+    assert update.rank == 2
+    assert close(delta(update), delta(one))
+
+
 @pytest.mark.parametrize("form", CANONICAL)
 def test_zero_adapters_and_zero_weights(form):
     adapters = pool(3)

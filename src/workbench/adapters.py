@@ -254,8 +254,10 @@ class Adapter:
         return max((factors.rank for factors in self.modules.values()), default=0)
 
     def norm(self) -> float:
-        """‖ΔW‖_F over all modules, from the factors alone: ‖BA‖² = Σ (BᵀB ∘ AAᵀ)."""
-        return math.sqrt(max(0.0, sum(float(((f.B.T @ f.B) * (f.A @ f.A.T)).sum()) for f in self.modules.values())))
+        """‖ΔW‖_F over all modules, from the factors alone: ‖BA‖² = Σ (BᵀB ∘ AAᵀ), in fp64, where no fp32 overflows."""
+        pairs = [(f.B.double(), f.A.double()) for f in self.modules.values()]
+        total = sum(float(((b.T @ b) * (a @ a.T)).sum()) for b, a in pairs)
+        return math.sqrt(0.0 if total < 0 else total)  # NaN stays NaN
 
     def times(self, weight: float) -> Adapter:
         """This update multiplied by a number, λ ΔW (the sign included)."""

@@ -53,11 +53,8 @@ def discover(base_id: str, limit: int | None = None) -> list[Repo]:
         AdapterError: the Hub cannot be reached, or refuses.
     """
     try:
-        found = _patiently(
-            lambda: list(
-                _api().list_models(filter=f"base_model:adapter:{base_id}", sort="downloads", limit=limit, full=True)
-            )
-        )
+        listed = _api().list_models(filter=f"base_model:adapter:{base_id}", sort="downloads", limit=limit, full=True)
+        found = list(listed)  # the client itself tries several times
     except Exception as error:
         raise AdapterError(f"the adapters of {base_id} could not be listed on the Hub: {_said(error)}") from error
     repos = {m.id: Repo(m.id, getattr(m, "sha", None), bool(m.gated), m.downloads or 0, m.likes or 0) for m in found}

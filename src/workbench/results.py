@@ -27,7 +27,13 @@ def run_key(facts: Mapping) -> str:
 @cache
 def provenance() -> dict[str, str]:
     """What is recorded with a run without determining it: git commit, versions, platform."""
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
+
+    def found(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:  # run from a source tree that is not installed
+            return ""
 
     try:
         here = Path(__file__).parent
@@ -35,7 +41,7 @@ def provenance() -> dict[str, str]:
         commit = commit.stdout.strip() if commit.returncode == 0 else ""
     except (OSError, subprocess.SubprocessError):
         commit = ""
-    versions = {name: version(name) for name in ("workbench", "torch", "transformers", "peft")}
+    versions = {name: found(name) for name in ("workbench", "torch", "transformers", "peft")}
     return {"commit": commit, "versions": json.dumps(versions), "platform": platform.platform(terse=True)}
 
 

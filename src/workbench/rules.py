@@ -39,7 +39,7 @@ _VARIANTS = (
     "kasa_config",
     "monteclora_config",
 )
-# What a strangers' regular expression may be made of: no quantifier on a group, so that matching cannot take for ever.
+# What a stranger's regular expression may be made of: no quantifier on a group, so that matching cannot take for ever.
 _TAME = re.compile(r"(?:[\w-]|\\[.\-d]\+?|\.[*+]?|[|^$)]|\[[\w-]+\]|\((?:\?:)?)+")
 
 
