@@ -13,16 +13,29 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from workbench.adapters import Adapter
 from workbench.base import Base
-from workbench.compose import LowRank, compose, slice_groups
+from workbench.compose import LowRank, compose, grouped, slice_groups
 from workbench.errors import MergeError, TaskError
 from workbench.tasks import Example, Task
 
-__all__ = ["Encoded", "Packed", "Scores", "encode", "encode_all", "encode_task", "evaluate", "row_losses", "score"]
+__all__ = [
+    "Encoded",
+    "Packed",
+    "Scores",
+    "encode",
+    "encode_all",
+    "encode_task",
+    "evaluate",
+    "evaluate_many",
+    "row_losses",
+    "score",
+]
 
 
 @dataclass(frozen=True)
@@ -203,3 +216,22 @@ def evaluate(
     examples = encode_task(base, task, getattr(task, split), shots=shots, seed=seed)
     told = max((update.groups for update in (updates or {}).values()), default=1)
     return score(base, [examples] * told, updates)
+
+
+def evaluate_many(
+    base: Base, adapters: Sequence[Adapter], tasks: Sequence[Task], *, split: str = "test"
+) -> pd.DataFrame:
+    """Exact match of every adapter (rows) on every task (columns), all in one grouped pass.
+
+    Raises:
+        TaskError: tasks of unequal size.
+    """
+    encoded = [encode_task(base, task, getattr(task, split)) for task in tasks]
+    if len({len(rows) for rows in encoded}) != 1:
+        raise TaskError(f"expected tasks of equally many {split} examples, got {[len(rows) for rows in encoded]}")
+    every = [row for rows in encoded for row in rows]
+    match = score(base, [every] * len(adapters), grouped(adapters, base.device)).match
+    share = match.view(len(adapters), len(tasks), -1).float().mean(2)
+    return pd.DataFrame(
+        share.numpy(), index=[adapter.name for adapter in adapters], columns=[task.name for task in tasks]
+    )

@@ -22,7 +22,7 @@ from workbench.select import choose
 from workbench.stack import Stack
 from workbench.tasks import Task
 
-__all__ = ["BASELINES", "SCALES", "Case", "Outcome", "Workplace", "run"]
+__all__ = ["BASELINES", "SCALES", "Case", "Outcome", "Workplace", "run", "tune_scales"]
 
 BASELINES = {"zero-shot": 1, "in-context": 1, "new adapter": 1}  # name → version
 SCALES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
@@ -166,7 +166,7 @@ def _merged(place: Workplace, recipe, cases: Sequence[Case]) -> list[Outcome]:
     stacks = [place.stack(recipe, case) for case in cases]
     adapters = [place.merged(recipe, stack) for stack in stacks]
     validation = [place.encoded(case, "validation") for case in cases]
-    best = _tune(place.base, adapters, validation)
+    best = tune_scales(place.base, adapters, validation)
     unscaled = _scored(place, cases, adapters)
     outcomes = _scored(place, cases, [adapter.times(scale) for adapter, scale in zip(adapters, best, strict=True)])
     for outcome, plain, scale, stack, rows in zip(outcomes, unscaled, best, stacks, validation, strict=True):
@@ -181,7 +181,7 @@ def _merged(place: Workplace, recipe, cases: Sequence[Case]) -> list[Outcome]:
     return outcomes
 
 
-def _tune(base: Base, adapters: Sequence[Adapter], validation: Sequence[Sequence[Encoded]]) -> list[float]:
+def tune_scales(base: Base, adapters: Sequence[Adapter], validation: Sequence[Sequence[Encoded]]) -> list[float]:
     """λ of least validation loss for each adapter, all in one pass: the scales are candidates over each one's stack."""
     together, n = grouped(adapters, base.device), len(SCALES)
     scales = torch.tensor(SCALES, device=base.device).repeat(len(adapters))
