@@ -214,6 +214,24 @@ def test_autocast(base, adapters, grad, form):
     assert relative(got, want) < 5e-2
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_layer_that_answers_in_another_type(grad):
+    """As quantised layers do: fp32 in, bf16 out."""
+
+    class Half(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x).bfloat16()
+
+    model = torch.nn.Sequential(Half(6, 4))
+    generator = torch.Generator().manual_seed(0)
+    B, A, x = (torch.randn(*shape, generator=generator) for shape in ((4, 2), (2, 6), (3, 5, 6)))
+    for c in (None, torch.ones(1, 2)):
+        with torch.set_grad_enabled(grad), compose(model, {"0": LowRank(B, A, c)}):
+            got = model(x).detach()
+        assert got.dtype == torch.bfloat16
+        assert relative(got, torch.nn.functional.linear(x, model[0].weight + B @ A, model[0].bias).detach()) < 2e-2
+
+
 def test_conv1d_layers():
     base = tiny_gpt2()
     adapter = random_adapter(base, 3, targets=["c_attn", "c_fc", "c_proj"])

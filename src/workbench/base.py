@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -43,7 +45,8 @@ class Base:
         if config.is_encoder_decoder:
             raise BaseError(f"{path} is an encoder–decoder; only causal language models can be used so far")
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).to(device)
+            with _no_bars():
+                model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).to(device)
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise BaseError(f"no base model could be loaded from {path}: {error}") from error
@@ -104,6 +107,20 @@ class Base:
     def logits(self, ids: Tensor, keep: int) -> Tensor:
         """As `next_token_logits`, with gradients."""
         return self.model(input_ids=ids, logits_to_keep=keep, use_cache=False).logits
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' progress bars, which would stay in a notebook's stored output."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def check_fits(adapter, shapes: dict[str, tuple[int, int]]) -> None:

@@ -39,7 +39,11 @@ def model_card(adapter) -> str:
         ("error", "Relative error per module (largest)"),
     ):
         if key in info:
-            value = info[key] if isinstance(info[key], str) else json.dumps(info[key], default=str)
+            value = info[key]
+            if key == "error":
+                value = f"{max(value.values(), default=0.0):.3g}"
+            elif not isinstance(value, str):
+                value = json.dumps(value, default=str)
             lines += [f"**{title}.** {html.escape(value)}", ""]
     if info.get("sources"):
         lines += ["| source | weight |", "|---|---|"]

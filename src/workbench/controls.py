@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from workbench.errors import MergeError
 from workbench.stack import Stack, Units, factored_svd
@@ -51,11 +52,15 @@ def _random_units(units: Units, match: str, generator: torch.Generator) -> Units
         else:
             rank = int(own.sum())
             s = factored_svd(units.B[:, own], units.A[own])[1]
-            s = torch.cat([s, s.new_zeros(max(0, rank - len(s)))])[:rank]
-            left = torch.linalg.qr(normal(units.B.shape[0], rank))[0]
-            right = torch.linalg.qr(normal(units.A.shape[1], rank))[0].T
-            q = left.shape[1]
+            left, right = _orthonormal(normal(units.B.shape[0], rank)), _orthonormal(normal(units.A.shape[1], rank))
             B[:, own], A[own] = 0.0, 0.0
-            columns = own.nonzero()[:, 0][:q]
-            B[:, columns], A[columns] = left * s[:q].sqrt(), s[:q, None].sqrt() * right[:q]
+            columns = own.nonzero()[:, 0][: len(s)]
+            q = len(columns)
+            B[:, columns], A[columns] = left[:, :q] * s[:q].sqrt(), (right[:, :q] * s[:q].sqrt()).T
     return replace(new, A=A, B=B)
+
+
+def _orthonormal(normal: Tensor) -> Tensor:
+    """Orthonormal columns of uniform direction from a normal matrix: QR, its signs freed of LAPACK's convention."""
+    q, r = torch.linalg.qr(normal)
+    return q * r.diagonal().sign()

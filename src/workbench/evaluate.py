@@ -76,6 +76,8 @@ def encode_all(base: Base, prompts: Sequence[str], targets: Sequence[str], limit
         TaskError: an empty prompt or target, or characters in a target that the tokenizer does not know.
     """
     tokenizer, eos = base.tokenizer, base.tokenizer.eos_token_id
+    if not len(prompts):  # tokenizers stumble over an empty list
+        return []
     out = []
     heads = tokenizer(list(prompts), return_attention_mask=False)["input_ids"]
     bodies = tokenizer(list(targets), add_special_tokens=False, return_attention_mask=False)["input_ids"]
@@ -88,9 +90,8 @@ def encode_all(base: Base, prompts: Sequence[str], targets: Sequence[str], limit
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in body:
             raise TaskError(f"the tokenizer of {base.name} does not know every character of the target {target!r}")
         stop = [base.stop_ids[0]] if len(body) < limit else []
-        reachable = len(body) <= limit and not set(body) & set(
-            base.stop_ids
-        )  # decoding would end at a stop token inside
+        ends_early = bool(set(body) & set(base.stop_ids))  # decoding would end at a stop token inside
+        reachable = len(body) <= limit and not ends_early
         out.append(Encoded(tuple(head), tuple(body + stop), reachable))
     return out
 

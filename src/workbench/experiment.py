@@ -18,11 +18,12 @@ import pandas as pd
 from workbench.adapt import ADAPTIVE
 from workbench.base import Base
 from workbench.controls import MATCHES
-from workbench.errors import MergeError, TaskError
+from workbench.errors import MergeError, SelectionError, TaskError
 from workbench.merge import methods
 from workbench.pool import Pool
 from workbench.results import Results, provenance, run_key
-from workbench.runs import BASELINES, Case, Outcome, Workplace, run
+from workbench.runs import BASELINES, Case, Outcome, Workplace, check_options, run
+from workbench.select import SELECTIONS, choose
 from workbench.tasks import Task
 from workbench.tasks import load as load_task
 
@@ -56,6 +57,12 @@ class Recipe:
             raise MergeError(f"random control {control!r} is unknown; choose one of {', '.join(MATCHES)}")
         if method in BASELINES:
             select, k, control = "", 0, ""
+        elif select not in SELECTIONS:
+            near = difflib.get_close_matches(str(select), SELECTIONS, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(SELECTIONS)}"
+            raise SelectionError(f"no selection method {select!r}; {hint}")
+        k, options = int(k), {name: _plain(value) for name, value in options.items()}
+        check_options(method, options)
         for name, value in {"method": method, "select": select, "k": k, "control": control}.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "options", tuple(sorted(options.items())))
@@ -121,7 +128,9 @@ def compare(
         TaskError: no tasks, or one that does not exist.
         SelectionError, MergeError: what a recipe asks for cannot be done.
     """
-    seeds, recipes = list(seeds), list(recipes)
+    if isinstance(tasks, str | Task):
+        raise TaskError(f"expected a sequence of tasks, got the single task {tasks!r:.60}; write [it]")
+    seeds, recipes = [int(seed) for seed in seeds], list(recipes)
     cases = [
         Case(
             task
@@ -134,18 +143,26 @@ def compare(
     ]
     if not cases:
         raise TaskError("nothing to compare: give at least one task and one seed")
+    for case in cases:
+        if not (case.task.train and case.task.validation and case.task.test):
+            raise TaskError(f"{case.task.name}: comparing needs training, validation and test examples")
     every = list(baselines)
     for recipe in recipes:
         every += [recipe] + [recipe.against(control)] * bool(
             control and not recipe.control and recipe.method not in BASELINES
         )
     every = list(dict.fromkeys(every))
+    if not every:
+        raise MergeError("nothing to compare: give at least one recipe or baseline")
+    for recipe in every:
+        if recipe.method not in BASELINES:
+            choose(pool, "random", recipe.k)  # a k out of range is said before anything runs
     store, place, frames = Results(results) if results else None, Workplace(base, pool), []
     for number, recipe in enumerate(every, 1):
         keys = [_key(base, pool, case, recipe) for case in cases]
         todo = [i for i, key in enumerate(keys) if not (store and store.has(key))]
         start = time.perf_counter()
-        found = run(place, recipe, [cases[i] for i in todo])
+        found = run(place, recipe, [cases[i] for i in todo]) if todo else []
         spent = (time.perf_counter() - start) / max(1, len(todo))
         rows = [
             _row(keys[i], base, pool, cases[i], recipe, outcome, spent) for i, outcome in zip(todo, found, strict=True)
@@ -163,12 +180,18 @@ def compare(
     return pd.concat(frames, ignore_index=True)
 
 
+def _plain(value):
+    """An option's value as one that hashes and reads alike wherever it came from: no list, no NumPy number."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return tuple(_plain(one) for one in value) if isinstance(value, list | tuple) else value
+
+
 def _key(base: Base, pool: Pool, case: Case, recipe: Recipe) -> str:
     return run_key(
         {
             "pool": "" if recipe.method in BASELINES else pool.digest,
             "base": base.digest,
-            "task": case.digest,
+            "task": [case.task.name, case.digest],
             "recipe": [recipe.method, recipe.select, recipe.k, recipe.control, recipe.options],
             "version": recipe.version,
             "seed": case.seed,

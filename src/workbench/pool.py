@@ -156,7 +156,10 @@ class Pool:
     def show(self, n: int | None = None) -> Shown:
         """The table for a notebook, with everything that strangers wrote escaped."""
         refused = len(self._verdicts) - len(self)
-        title = f"{self.name}: {len(self)} adapters accepted, {refused} refused; base {self.base or 'unknown'}"
+        base = (
+            Path(self.base).name if Path(self.base).is_absolute() else self.base
+        )  # no folder of this machine in a notebook
+        title = f"{self.name}: {len(self)} adapters accepted, {refused} refused; base {base or 'unknown'}"
         return Shown(self.table if n is None else self.table.head(n), title)
 
     def adapter(self, name: str) -> Adapter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -90,14 +91,15 @@ class Results:
                 else pd.DataFrame()
             )
         keys = list(keys)
-        absent = [key for key in keys if not self.has(key)]
+        once = list(dict.fromkeys(keys))
+        absent = [key for key in once if not self.has(key)]
         if absent:
             raise WorkbenchError(
-                f"{len(absent)} of {len(keys)} runs are not stored in {self.folder}, such as {absent[0]}"
+                f"{len(absent)} of {len(once)} runs are not stored in {self.folder}, such as {absent[0]}"
             )
         if not keys:
             return pd.DataFrame()
-        return _read([self.path(key) for key in keys]).set_index("key").loc[keys].reset_index()
+        return _read([self.path(key) for key in once]).set_index("key").loc[keys].reset_index()
 
     def query(self, sql: str) -> pd.DataFrame:
         """Run SQL over the rows, which are the table `results`."""
@@ -110,6 +112,7 @@ class Results:
 def _read(files: list[Path], sql: str = "select * from results") -> pd.DataFrame:
     import duckdb
 
+    names = [glob.escape(str(file)) for file in files]  # a folder's name may hold [ ] * ?
     with duckdb.connect() as connection:
-        connection.read_parquet([str(file) for file in files], union_by_name=True).create_view("results")
+        connection.read_parquet(names, union_by_name=True, hive_partitioning=False).create_view("results")
         return connection.sql(sql).df()

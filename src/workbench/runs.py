@@ -2,30 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 import torch
 
-from workbench.adapt import ADAPTIVE, fit_many, scheduled
+from workbench.adapt import ADAPTIVE, fit_many, options_of, scheduled
 from workbench.adapt.fresh import NEW_ADAPTER, Plan, train_fresh
+from workbench.adapt.gradient import Schedule
 from workbench.adapters import Adapter
 from workbench.base import Base
 from workbench.compose import LowRank, grouped
 from workbench.controls import random_like
 from workbench.errors import MergeError
 from workbench.evaluate import Encoded, encode_task, score
-from workbench.merge import Dense, merge
+from workbench.merge import Dense, merge, methods
 from workbench.pool import Pool
 from workbench.select import choose
 from workbench.stack import Stack
 from workbench.tasks import Task
 
-__all__ = ["BASELINES", "SCALES", "Case", "Outcome", "Workplace", "run", "tune_scales"]
+__all__ = ["BASELINES", "SCALES", "Case", "Outcome", "Workplace", "check_options", "run", "tune_scales"]
 
 BASELINES = {"zero-shot": 1, "in-context": 1, "new adapter": 1}  # name → version
+_BASELINE_OPTIONS = {
+    "zero-shot": (),
+    "in-context": ("shots",),
+    "new adapter": tuple(option.name for kind in (Plan, Schedule) for option in fields(kind)),
+}
+_OF_ANY_MERGE = ("weights", "scale", "rank")
 SCALES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
+
+
+def check_options(method: str, options: Mapping) -> None:
+    """Check a recipe's options before anything runs: their names, and a merging method's values.
+
+    Raises:
+        MergeError: an option that the method does not have (near names are given), or a value that it does not allow.
+    """
+    if method in methods():
+        methods()[method].settings({name: value for name, value in options.items() if name not in _OF_ANY_MERGE})
+        return
+    known = options_of(method) if method in ADAPTIVE else _BASELINE_OPTIONS[method]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise MergeError(f"{method} has no option {name!r}{hint}; it takes {', '.join(known) or 'none'}")
 
 
 @dataclass(frozen=True)
@@ -60,11 +85,11 @@ class Workplace:
 
     def encoded(self, case: Case, split: str, shots: int = 0) -> list[Encoded]:
         """A split's examples as token ids, made once."""
-        key = (case.task.name, getattr(case.task, split), shots, case.seed if shots else 0)
+        task, examples = case.task, getattr(case.task, split)
+        shown = (shots, case.seed, task.train, task.bare, task.separator) if shots else ()
+        key = (task.name, task.instruction, task.template, task.max_new_tokens, examples, shown)
         if key not in self._encoded:
-            self._encoded[key] = encode_task(
-                self.base, case.task, getattr(case.task, split), shots=shots, seed=case.seed
-            )
+            self._encoded[key] = encode_task(self.base, task, examples, shots=shots, seed=case.seed)
         return self._encoded[key]
 
     def stack(self, recipe, case: Case) -> Stack:
@@ -100,12 +125,7 @@ def run(place: Workplace, recipe, cases: Sequence[Case]) -> list[Outcome]:
 
 
 def _prompted(place: Workplace, recipe, cases: Sequence[Case]) -> list[Outcome]:
-    options = dict(recipe.options)
-    shots = options.pop("shots", 5) if recipe.method == "in-context" else 0
-    if options:
-        raise MergeError(
-            f"{recipe.method} has no option {next(iter(options))!r}" + ("; it takes shots" if shots else "")
-        )
+    shots = dict(recipe.options).get("shots", 5) if recipe.method == "in-context" else 0
     outcomes = _scored(place, cases, None, shots)
     for outcome in outcomes:
         outcome.facts |= {"rank": 0, "norm": 0.0, "passes": 0, "tokens": 0}
@@ -114,12 +134,7 @@ def _prompted(place: Workplace, recipe, cases: Sequence[Case]) -> list[Outcome]:
 
 def _new(place: Workplace, recipe, cases: Sequence[Case]) -> list[Outcome]:
     schedule, own = scheduled(NEW_ADAPTER, dict(recipe.options))
-    try:
-        plan = Plan(**own)
-    except TypeError:
-        raise MergeError(
-            f"a new adapter has no option {sorted(own)[0]!r}; it takes rank, ratio, rslora, targets, steps, lr, batch"
-        ) from None
+    plan = Plan(**own)
     train, validation = ([place.encoded(case, split) for case in cases] for split in ("train", "validation"))
     adapters, curves = train_fresh(
         place.base,

@@ -30,15 +30,9 @@ def bootstrap(
     Raises:
         WorkbenchError: a column that the frame lacks, or values that are missing.
     """
-    lacking = [column for column in (*by, value, cluster) if column not in frame]
-    if lacking:
-        raise WorkbenchError(
-            f"the table has no column {', '.join(map(repr, lacking))}; it has {', '.join(map(str, frame.columns))}"
-        )
-    if frame[value].isna().any():
-        raise WorkbenchError(f"{int(frame[value].isna().sum())} rows have no {value}")
+    _complete(frame, (*by, value, cluster))
     out = []
-    for key, part in frame.groupby(list(by), sort=False, observed=True):
+    for key, part in frame.groupby(list(by), sort=False, observed=True) if len(by) else [((), frame)]:
         sums = part.groupby(cluster, observed=True)[value].agg(["sum", "count"]).sort_index()
         n = len(sums)
         low = high = np.nan
@@ -63,13 +57,14 @@ def paired(
     """Difference first − second of two recipes on the same task and seed, with its clustered interval, per group.
 
     Raises:
-        WorkbenchError: no task and seed have both.
+        WorkbenchError: no task and seed have both, a column that the frame lacks, or values that are missing.
     """
-    keep = list(dict.fromkeys(["task", "seed", "n_train", "operation", *by]))
-    keep = [name for name in keep if name in frame]
-    wide = frame[frame[column].isin([first, second])].pivot_table(
-        index=keep, columns=column, values=value, aggfunc="mean", observed=True
-    )
+    cluster = settings.get("cluster", "operation")
+    keep = list(dict.fromkeys(["task", *(name for name in ("seed", "n_train") if name in frame), cluster, *by]))
+    _complete(frame, (column,))
+    some = frame[frame[column].isin([first, second])]
+    _complete(some, (value, *keep))
+    wide = some.pivot_table(index=keep, columns=column, values=value, aggfunc="mean", observed=True)
     if first not in wide or second not in wide or wide[[first, second]].dropna().empty:
         raise WorkbenchError(
             f"no task and seed have both {first!r} and {second!r}; there are {', '.join(sorted(frame[column].astype(str).unique()))}"
@@ -78,3 +73,15 @@ def paired(
     both = (wide[first] - wide[second]).rename("difference").reset_index()
     both["pair"] = f"{first} − {second}"
     return bootstrap(both, ["pair", *by], "difference", **settings)
+
+
+def _complete(frame: pd.DataFrame, columns: Sequence[str]) -> None:
+    """Grouping and pivoting would leave out rows with a missing value without a word."""
+    lacking = [column for column in columns if column not in frame]
+    if lacking:
+        raise WorkbenchError(
+            f"the table has no column {', '.join(map(repr, lacking))}; it has {', '.join(map(str, frame.columns))}"
+        )
+    for column in columns:
+        if frame[column].isna().any():
+            raise WorkbenchError(f"{int(frame[column].isna().sum())} of {len(frame)} rows have no {column}")

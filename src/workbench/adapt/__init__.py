@@ -17,7 +17,7 @@ from workbench.evaluate import Encoded, encode_task
 from workbench.stack import Stack
 from workbench.tasks import Task
 
-__all__ = ["ADAPTIVE", "adapt", "fit_many", "scheduled"]
+__all__ = ["ADAPTIVE", "adapt", "fit_many", "options_of", "scheduled"]
 
 # name → (function, version, whether it takes a Schedule, paper)
 ADAPTIVE = {
@@ -34,11 +34,18 @@ def scheduled(schedule: Schedule, options: Mapping) -> tuple[Schedule, dict]:
     }
 
 
+def options_of(method: str) -> tuple[str, ...]:
+    """The options of an adaptive method: its own and, where it trains, its schedule's."""
+    function, _, schedule, _ = ADAPTIVE[method]
+    own = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return tuple(sorted({*own} - {"seeds", "names"})) + tuple(field.name for field in fields(Schedule) if schedule)
+
+
 def fit_many(
     base: Base,
     stacks: Sequence[Stack],
     train: Sequence[Sequence[Encoded]],
-    validation: Sequence[Sequence[Encoded]],
+    validation: Sequence[Sequence[Encoded]] | None,
     method: str,
     *,
     seeds: Sequence[int],
@@ -56,14 +63,10 @@ def fit_many(
             f"no adaptive method {method!r}{f' (did you mean {near[0]!r}?)' if near else ''}; choose one of {', '.join(ADAPTIVE)}"
         )
     function, _, schedule, _ = ADAPTIVE[method]
+    known = options_of(method)
+    if unknown := sorted(set(options) - set(known)):
+        raise MergeError(f"{method} has no option {unknown[0]!r}; it takes {', '.join(known)}")
     settings, own = scheduled(schedule, options) if schedule else (None, dict(options))
-    known = {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY} - {
-        "seeds",
-        "names",
-    }
-    if unknown := sorted(set(own) - known):
-        also = f" and {', '.join(f.name for f in fields(Schedule))}" if schedule else ""
-        raise MergeError(f"{method} has no option {unknown[0]!r}; it takes {', '.join(sorted(known))}{also}")
     if schedule:
         return function(base, stacks, train, validation, settings, seeds=seeds, names=names, **own)
     return function(base, stacks, train, seeds=seeds, names=names, **own)
@@ -80,6 +83,8 @@ def adapt(
 ) -> Fitted:
     """Fit one merge of adapters to a task's training examples, best validation loss kept where the method trains.
 
+    A task without validation examples keeps the last step.
+
         fitted = adapt(base, chosen, task, "coefficients", granularity="module")
         fitted.adapter.save("out/mirror")
 
@@ -92,7 +97,7 @@ def adapt(
     """
     stack = adapters if isinstance(adapters, Stack) else Stack.of(adapters)
     train, validation = (encode_task(base, task, split) for split in (task.train, task.validation))
-    fitted = fit_many(base, [stack], [train], [validation], method, seeds=[seed], **options)[0]
+    fitted = fit_many(base, [stack], [train], [validation] if validation else None, method, seeds=[seed], **options)[0]
     sources = dict(zip(stack.names, fitted.coefficients.mean(0).tolist(), strict=True))
     info = {"method": method, "options": options, "sources": sources, "task": task.name, "paper": ADAPTIVE[method][3]}
     return replace(fitted, adapter=replace(fitted.adapter, info=info))

@@ -17,7 +17,7 @@ from workbench.adapt.gradient import Curves, Schedule, fit
 from workbench.adapters import Adapter, Factors
 from workbench.base import Base
 from workbench.compose import LowRank, shared
-from workbench.errors import MergeError
+from workbench.errors import AdapterError, BaseError, MergeError
 from workbench.evaluate import Encoded
 from workbench.stack import Stack
 
@@ -115,7 +115,8 @@ def learn_coefficients(
     Every fit gets exactly what it would get alone. Where all share one stack, it is held once.
 
     Raises:
-        MergeError: an unknown granularity, activation or start; stacks that differ in size or modules; a diverging fit.
+        MergeError: an unknown granularity, activation or start; stacks that differ in size; a diverging fit.
+        BaseError, AdapterError: a module that the base lacks, or of another shape there.
     """
     for given, known, what in ((activation, ACTIVATIONS, "activation"), (start, STARTS, "start")):
         if given not in known:
@@ -124,10 +125,13 @@ def learn_coefficients(
         raise MergeError(
             f"fits side by side need stacks of equally many adapters, got {sorted({len(s) for s in stacks})}"
         )
-    modules = sorted({module for stack in stacks for module in stack.modules}, key=list(base.shapes).index)
+    modules = _modules(stacks, base)
     slot, k = slots(modules, granularity), len(stacks[0])
-    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    theta = torch.stack([STARTS[start]((max(slot) + 1, k), generator) for generator in generators]).to(base.device)
+    theta = torch.zeros(len(stacks), max(slot) + 1, k)
+    for g, (stack, seed) in enumerate(zip(stacks, seeds, strict=False)):
+        own = sorted({slot[modules.index(module)] for module in stack.modules})  # drawn as it would be alone
+        theta[g, own] = STARTS[start]((len(own), k), torch.Generator().manual_seed(int(seed)))
+    theta = theta.to(base.device)
     act = ACTIVATIONS[activation]
     if all(stack is stacks[0] for stack in stacks):
         held = stacks[0].to(base.device)
@@ -168,7 +172,7 @@ def learn_coefficients(
 def side_by_side(stacks: Sequence[Stack], base: Base) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Per module of G stacks B (G, d_out, R), A (G, R, d_in) and owner (G, R), filled up with zeros, on the base's device."""
     out = {}
-    for module in sorted({m for stack in stacks for m in stack.modules}, key=list(base.shapes).index):
+    for module in _modules(stacks, base):
         units = [stack.modules.get(module) for stack in stacks]
         widest = max(len(u) for u in units if u is not None)
         d_out, d_in = next(u.shape for u in units if u is not None)
@@ -179,3 +183,20 @@ def side_by_side(stacks: Sequence[Stack], base: Base) -> dict[str, tuple[Tensor,
                 B[g, :, : len(u)], A[g, : len(u)], owner[g, : len(u)] = u.B.cpu(), u.A.cpu(), u.owner.cpu()
         out[module] = (B.to(base.device), A.to(base.device), owner.to(base.device))
     return out
+
+
+def _modules(stacks: Sequence[Stack], base: Base) -> list[str]:
+    """The modules of all stacks, in the base's order."""
+    found = {module: units.shape for stack in stacks for module, units in stack}
+    if absent := [module for module in found if module not in base.shapes]:
+        raise BaseError(
+            f"{len(absent)} of {len(found)} modules are not in this base, such as {absent[0]!r}; are the adapters of another base?"
+        )
+    for stack in stacks:
+        for module, units in stack:
+            if units.shape != base.shapes[module]:
+                (d_out, d_in), (rows, columns) = units.shape, base.shapes[module]
+                raise AdapterError(
+                    f"{stack.names[int(units.owner[0])]}: {module} is {d_out}×{d_in}, the base's is {rows}×{columns}"
+                )
+    return [module for module in base.shapes if module in found]

@@ -12,7 +12,7 @@ from torch import Tensor
 from workbench.adapt.coefficients import Fitted, fold, side_by_side
 from workbench.adapters import Adapter, Factors
 from workbench.base import Base
-from workbench.compose import LowRank
+from workbench.compose import LowRank, grouped
 from workbench.errors import MergeError
 from workbench.evaluate import Encoded, score
 from workbench.stack import Stack
@@ -60,14 +60,7 @@ def population_losses(
             updates[module] = LowRank(b, a, c.reshape(g * p, -1))
     else:
         parts = [[_mixed(stack, w) for w in weights[i]] for i, stack in enumerate(stacks)]
-        every = [one for row in parts for one in row]
-        updates = {
-            m: LowRank(
-                torch.stack([one[m].B for one in every]).to(base.device),
-                torch.stack([one[m].A for one in every]).to(base.device),
-            )
-            for m in every[0]
-        }
+        updates = grouped([Adapter("", modules) for row in parts for modules in row], base.device)
     return score(base, repeated, updates).loss.view(g, p, -1)
 
 
@@ -163,6 +156,10 @@ def lorahub(
             raise MergeError(f"{what} {value!r} is unknown; choose one of {', '.join(known)}")
     if budget < 1:
         raise MergeError(f"budget is {budget}, expected at least 1 evaluation")
+    if not len(stacks) == len(train) == len(seeds):
+        raise MergeError(
+            f"expected one of each per fit, got {len(stacks)} stacks, {len(train)} lists of examples and {len(seeds)} seeds"
+        )
     if len({len(stack) for stack in stacks}) != 1 or len({len(rows) for rows in train}) != 1:
         raise MergeError("fits side by side need stacks of equally many adapters and equally many examples each")
     k = len(stacks[0])

@@ -61,7 +61,8 @@ def run_grid(
     base = Base.load(pool.base, device=device)
     for recipes, baselines, settings in GRIDS[name]:
         mine = [*baselines, *recipes][part::parts]
-        compare(base, pool, recipes=mine, baselines=(), n_test=n_test, results=folder / name, say=say, **settings)
+        if mine:
+            compare(base, pool, recipes=mine, baselines=(), n_test=n_test, results=folder / name, say=say, **settings)
 
 
 def gather(name: str, folder: Path, out: Path) -> Path:

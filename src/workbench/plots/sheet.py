@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from workbench.errors import WorkbenchError
 
-__all__ = ["COLUMN", "TEXT", "figure", "save", "style"]
+__all__ = ["COLUMN", "TEXT", "apply", "figure", "save", "style"]
 
 COLUMN, TEXT = 3.25, 6.75  # widths of a column and of the text in the usual two-column venues, inches
 _STYLE = Path(__file__).with_name("workbench.mplstyle")
@@ -21,6 +21,11 @@ _STYLE = Path(__file__).with_name("workbench.mplstyle")
 def style():
     """The package's style as a context manager; nothing outside it changes."""
     return plt.style.context(_STYLE)
+
+
+def apply() -> None:
+    """Take the package's style for the rest of a notebook."""
+    plt.style.use(_STYLE)
 
 
 def figure(rows: int = 1, columns: int = 1, *, width: float = TEXT, height: float = 2.4, **settings):

@@ -1,0 +1,22 @@
+"""Controls for notebooks: thin layers over the package's functions; no result depends on someone moving one.
+
+chooser = widgets.AdapterChooser(pool, chosen=["first-two-letters"])   # then chooser.names, chooser.stack()
+explorer = widgets.WeightExplorer(base, stack, task)                   # then explorer.weights, explorer.adapter()
+"""
+
+from importlib import import_module
+
+__all__ = ["AdapterChooser", "WeightExplorer"]
+
+_HOMES = {"AdapterChooser": "chooser", "WeightExplorer": "weights"}
+
+
+def __getattr__(name: str):
+    """Import ipywidgets and matplotlib only where a control is asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

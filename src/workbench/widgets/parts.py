@@ -1,0 +1,79 @@
+"""What the controls share: strangers' texts made harmless, figures as PNG, and a column that reports its own errors."""
+
+from __future__ import annotations
+
+import html
+import io
+import warnings
+from collections.abc import Callable, Sequence
+
+import ipywidgets
+import traitlets
+from matplotlib.figure import Figure
+
+from workbench.screen import printable
+
+__all__ = ["Panel", "Picture", "label", "png", "sentence"]
+
+_NO_MATHS = str.maketrans({"$": "[dollar]", "\\": "∖"})
+
+
+def label(text: str, limit: int = 60) -> str:
+    """A stranger's text as a control's description, which ipywidgets shows as text, but for mathematics: free of that."""
+    return printable(text, limit).translate(_NO_MATHS)
+
+
+def sentence(text: str, tag: str = "span", role: str = "status") -> str:
+    """Escaped text as an HTML element that screen readers announce when it changes."""
+    return f'<{tag} role="{role}" class="tex2jax_ignore mathjax_ignore">{html.escape(text)}</{tag}>'
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as PNG, without pyplot; characters that the font lacks are drawn as boxes."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
+    return buffer.getvalue()
+
+
+class Picture(ipywidgets.Image):
+    """A figure, hidden while there is none; its tooltip is the text in its place."""
+
+    description = traitlets.Unicode("").tag(sync=True)  # ipywidgets 8 sets no title on what lacks one, but fails
+
+    def __init__(self):
+        layout = {"display": "none", "max_width": "100%", "object_fit": "contain", "align_self": "flex-start"}
+        super().__init__(format="png", layout=layout)
+
+    def show(self, figure: Figure | None, says: str = "") -> None:
+        """Draw a figure, or hide."""
+        self.value, self.tooltip = (png(figure), says) if figure else (b"", None)
+        self.layout.display = "block" if figure else "none"
+
+
+class Panel(ipywidgets.VBox):
+    """A column of controls. An update that fails is told in it as a sentence and kept as `error` (None: all is well)."""
+
+    def __init__(self, children: Sequence[ipywidgets.Widget]):
+        self.error: Exception | None = None
+        self._message = ipywidgets.HTML()
+        super().__init__([*children, self._message], layout={"max_width": "60em"})
+
+    def attempt(self, update: Callable[[], None], blank: Callable[[], None]) -> None:
+        """Run an update; where it fails, blank what it would have shown, which is no longer true."""
+        self.error = None
+        self._message.value = sentence("working …")
+        try:
+            update()
+        except Exception as error:
+            self.error = error
+            blank()
+            reason = str(error) or type(error).__name__
+            self._message.value = sentence(f"This could not be computed: {reason}", "strong", "alert")
+        else:
+            self._message.value = ""
+
+    def _repr_mimebundle_(self, **kwargs) -> dict:
+        """As ipywidgets', but with the whole text: it is all that a stored notebook keeps."""
+        return {**super()._repr_mimebundle_(**kwargs), "text/plain": repr(self)}

@@ -1,0 +1,581 @@
+"""Recipes and `compare`: rows against each part by hand, side by side against alone, what is stored and what is read."""
+
+import json
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import workbench as wb
+from helpers import dense_model, random_adapter, tiny_base
+from workbench import experiment, runs
+from workbench.adapt import ADAPTIVE, fit_many
+from workbench.adapt.fresh import NEW_ADAPTER, Plan, train_fresh
+from workbench.base import Base
+from workbench.compose import grouped
+from workbench.controls import random_like
+from workbench.errors import MergeError, SelectionError, TaskError, WorkbenchError
+from workbench.evaluate import encode_task, evaluate, score
+from workbench.experiment import Recipe, compare
+from workbench.nano import grids
+from workbench.pool import Pool
+from workbench.results import Results
+from workbench.runs import SCALES, Case, run
+from workbench.select import rank_adapters
+from workbench.tasks import Example, Task
+
+BASELINES = (Recipe("zero-shot"), Recipe("new adapter", steps=3, rank=2, batch=4))
+FAMILIES = [
+    Recipe("zero-shot"),
+    Recipe("in-context", shots=2),
+    Recipe("new adapter", steps=3, rank=2, every=1),
+    Recipe("coefficients", k=3, steps=3, every=1),
+    Recipe("coefficients", select="evaluation", k=2, steps=3, granularity="layer", start="uniform"),
+    Recipe("lorahub", k=3, budget=9),
+    Recipe("average", k=3),
+    Recipe("ties", select="evaluation", k=2, rank=4),
+    Recipe("lego", k=3, control="sigma"),
+]
+SCORES = ["accuracy", "loss", "train_accuracy", "train_loss", "validation_accuracy", "validation_loss"]
+
+
+@pytest.fixture(scope="module")
+def base():
+    return tiny_base(seed=1, spread=12.0)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory, base):
+    """Six adapters of unequal ranks and targets."""
+    folder = tmp_path_factory.mktemp("pool")
+    for i in range(6):
+        targets = ["q_proj", "v_proj"] if i == 2 else None
+        random_adapter(base, (2, 5, 3, 4, 1, 3)[i], i, targets, name=f"n{i}", size=0.08).save(folder / f"n{i}")
+    return Pool.open(folder)
+
+
+def make_task(base, pool, name, seed, sizes=(6, 4, 8), **labels):
+    """One-letter answers: what the base says under one adapter, and every third time another letter."""
+    rng = random.Random(seed)
+    adapter = pool.adapter(f"n{seed % 6}")
+    model = dense_model(base, {m: f.delta() for m, f in adapter.modules.items()})
+    draft = Task(name, f"say {seed}", (), (), (), max_new_tokens=1, labels=labels)
+    made = {}
+    while len(made) < sum(sizes):
+        text = "".join(rng.choice("abcdefgh ") for _ in range(rng.randint(2, 9))).strip() or "a"
+        ids = torch.tensor([base.tokenizer(draft.prompt(Example(text, "a")))["input_ids"]])
+        with torch.no_grad():
+            said = base.tokenizer.decode(model(input_ids=ids).logits[0, -1].argmax().item())
+        if len(said) == 1 and said != "\n":
+            made[text] = Example(text, "abc"[len(made) % 3] if len(made) % 3 == 0 else said)
+    rows, a, b = list(made.values()), sizes[0], sizes[0] + sizes[1]
+    return replace(draft, train=tuple(rows[:a]), validation=tuple(rows[a:b]), test=tuple(rows[b:]))
+
+
+@pytest.fixture(scope="module")
+def tasks(base, pool):
+    first = make_task(base, pool, "one", 1, kind="own", operation="x", domain="d", format="f")
+    return [first, make_task(base, pool, "two", 3), make_task(base, pool, "three", 4, sizes=(4, 3, 5))]
+
+
+def deltas(adapter, scale=1.0):
+    return {m: scale * f.B.double() @ f.A.double() for m, f in adapter.modules.items()}
+
+
+def scored(base, model, task, split):
+    result = score(Base(model, base.tokenizer), [encode_task(base, task, getattr(task, split))])
+    return float(result.accuracy[0]), float(result.loss.mean())
+
+
+# Recipes
+
+
+def test_recipes_are_values():
+    one = Recipe("ties", select="evaluation", k=5, density=0.3, elect="frequency")
+    same = Recipe("ties", k=5, select="evaluation", elect="frequency", density=0.3)
+    assert one == same
+    assert hash(one) == hash(same)
+    assert one != Recipe("ties", select="evaluation", k=5, density=0.2, elect="frequency")
+    assert len({one, same, one.against(), one.against("norm"), one.against("norm")}) == 3
+    assert one.against("norm") == Recipe("ties", select="evaluation", k=5, control="norm", **dict(one.options))
+    with pytest.raises(AttributeError):
+        one.k = 3
+
+
+def test_options_hash_and_key_alike_wherever_they_come_from():
+    plain = Recipe("new adapter", targets=("q_proj", "v_proj"), lr=0.5, steps=3)
+    strange = Recipe("new adapter", targets=["q_proj", "v_proj"], lr=np.float64(0.5), steps=np.int64(3))
+    assert plain == strange
+    assert hash(plain) == hash(strange)
+    assert json.dumps(plain.options) == json.dumps(strange.options)
+    assert json.dumps(Recipe("average", k=np.int64(3)).k) == "3"
+
+
+def test_labels():
+    assert Recipe("zero-shot").label == "zero-shot"
+    assert Recipe("in-context", shots=5).label == "in-context, shots=5"
+    assert Recipe("lego", select="evaluation", k=10, control="sigma").label == "lego, evaluation 10, random (sigma)"
+    assert Recipe("coefficients", k=20, steps=400).label == "coefficients, random 20, steps=400"
+    every = {
+        Recipe(method, select=select, k=k, control=control, **options)
+        for method, options in [
+            *((m, {}) for m in [*wb.merge.methods(), *ADAPTIVE, *runs.BASELINES]),
+            ("ties", {"density": 0.1}),
+            ("ties", {"density": 0.1, "rank": 4}),
+            ("coefficients", {"steps": 10}),
+            ("coefficients", {"start": "uniform"}),
+            ("new adapter", {"rank": 4}),
+        ]
+        for select in ("random", "evaluation")
+        for k in (1, 10, 11)
+        for control in ("", "sigma", "norm", "spectrum")
+    }
+    assert len({recipe.label for recipe in every}) == len(every) > 200
+    assert Recipe("zero-shot", select="evaluation", k=3, control="sigma") == Recipe("zero-shot")
+
+
+def test_versions():
+    assert Recipe("zero-shot").version == runs.BASELINES["zero-shot"]
+    assert Recipe("lorahub").version == ADAPTIVE["lorahub"][1]
+    assert Recipe("lego").version == wb.merge.methods()["lego"].version
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "given"),
+    [
+        (MergeError, "no method 'tie'; did you mean ties", {"method": "tie"}),
+        (MergeError, "no method 'new adaptor'; did you mean new adapter", {"method": "new adaptor"}),
+        (MergeError, "no method 'qqq'; there are sum, average", {"method": "qqq"}),
+        (MergeError, "random control 'sigm' is unknown; choose one of sigma", {"method": "ties", "control": "sigm"}),
+        (SelectionError, "no selection method 'evaluaton'; did you mean 'evaluation'", {"method": "ties", "select": "evaluaton"}),
+        (MergeError, r"ties has no option 'densty' \(did you mean 'density'\?\)", {"method": "ties", "densty": 0.2}),
+        (MergeError, r"ties: density is 7, expected a finite number in \[0, 1\]", {"method": "ties", "density": 7}),
+        (MergeError, r"coefficients has no option 'step' \(did you mean 'steps'\?\)", {"method": "coefficients", "step": 2}),
+        (MergeError, "lorahub has no option 'lr'; it takes budget, objective", {"method": "lorahub", "lr": 2}),
+        (MergeError, r"new adapter has no option 'rnk' \(did you mean 'rank'\?\)", {"method": "new adapter", "lr": 1, "rnk": 2}),
+        (MergeError, r"in-context has no option 'shot' \(did you mean 'shots'\?\); it takes shots", {"method": "in-context", "shot": 2}),
+        (MergeError, "zero-shot has no option 'shots'; it takes none", {"method": "zero-shot", "shots": 2}),
+    ],
+)  # fmt: skip
+def test_recipes_that_cannot_be(error, said, given):
+    with pytest.raises(error, match=said):
+        Recipe(**given)
+
+
+def test_options_of_every_merge_are_allowed():
+    assert dict(Recipe("ties", rank=4, scale=2.0, density=0.1).options) == {"rank": 4, "scale": 2.0, "density": 0.1}
+
+
+# Rows
+
+
+def test_baselines_and_controls_are_there_unless_told_not_to_be(base, pool, tasks):
+    recipes = [Recipe("average", k=2), Recipe("sum", k=2, control="norm"), Recipe("in-context", shots=1)]
+    table = compare(base, pool, tasks[:1], recipes, baselines=BASELINES, seeds=(0, 1))
+    labels = ["zero-shot", BASELINES[1].label, "average, random 2", "average, random 2, random (sigma)"]
+    labels += ["sum, random 2, random (norm)", "in-context, shots=1"]
+    assert table["recipe"].tolist() == [label for label in labels for _ in range(2)]
+    assert table["seed"].tolist() == [0, 1] * 6
+    other = compare(base, pool, tasks[:1], recipes[:1], baselines=(), control="spectrum")
+    assert other["recipe"].tolist() == ["average, random 2", "average, random 2, random (spectrum)"]
+    bare = compare(base, pool, tasks[:1], recipes[:1] * 2, baselines=(), control="")
+    assert bare["recipe"].tolist() == ["average, random 2"]
+    assert experiment.ZERO_SHOT in compare.__kwdefaults__["baselines"]
+    assert experiment.NEW_ADAPTER in compare.__kwdefaults__["baselines"]
+    assert compare.__kwdefaults__["control"] == "sigma"
+
+
+def test_columns(base, pool, tasks):
+    table = compare(base, pool, tasks[:2], [FAMILIES[3], FAMILIES[6]], baselines=BASELINES[:1])
+    facts = table.iloc[0]
+    assert {c: facts[c] for c in ("task", "kind", "operation", "domain", "format")} == {"task": "one", "kind": "own", "operation": "x", "domain": "d", "format": "f"}  # fmt: skip
+    assert table["operation"].tolist() == ["x", ""] * 5
+    assert set(table["n_train"]) == {6}
+    assert set(table["n_validation"]) == {4}
+    assert set(table["n_test"]) == {8}
+    assert table["key"].is_unique
+    assert table["method"].tolist() == ["zero-shot"] * 2 + ["coefficients"] * 4 + ["average"] * 4
+    assert table["k"].tolist() == [0] * 2 + [3] * 8
+    assert table["control"].tolist() == [""] * 4 + ["sigma"] * 2 + [""] * 2 + ["sigma"] * 2
+    assert json.loads(table["options"][2]) == {"steps": 3, "every": 1}
+    assert table["scale"].isna().tolist() == [True] * 6 + [False] * 4
+    assert table["rank"][0] == table["norm"][0] == table["tokens"][0] == table["passes"][0] == 0
+    assert (table["norm"][2:] > 0).all()
+    assert set(table["pool"]) == {pool.digest}
+    assert set(table["base"]) == {base.digest}
+    assert table["split"].tolist() == [t.digest() for t in tasks[:2]] * 5
+    assert set(table["dtype"]) == {"float32"}
+    assert set(table["device"]) == {"cpu"}
+    assert {"commit", "versions", "platform", "seconds", "tokens_per_example", "coefficient_mean"} < set(table)
+    assert [len(json.loads(c)) for c in table["chosen"]] == [0] * 2 + [3] * 8
+    assert all(n.startswith("random-0-n") for n in [json.loads(table["chosen"][4])[0]])
+
+
+def test_rows_by_hand(base, pool, tasks):
+    """Zero-shot, in-context, a new adapter, coefficients over a selection by evaluation, and their random control."""
+    task = tasks[0]
+    fitted = Recipe("coefficients", select="evaluation", k=2, steps=3, every=1)
+    table = compare(base, pool, [task], [fitted, FAMILIES[1]], baselines=BASELINES, seeds=[4]).set_index("recipe")
+    train, validation = ([encode_task(base, task, s)] for s in (task.train, task.validation))
+
+    def check(label, model, shots=0):
+        for split, prefix in (("test", ""), ("train", "train_"), ("validation", "validation_")):
+            if not (shots and split == "train"):
+                own = Base(model, base.tokenizer)
+                result = evaluate(own, replace(task, name="one"), split=split, shots=shots, seed=4)
+                assert table.loc[label, f"{prefix}accuracy"] == pytest.approx(float(result.accuracy))
+                assert table.loc[label, f"{prefix}loss"] == pytest.approx(float(result.loss.mean()), rel=1e-4)
+
+    check("zero-shot", base.model)
+    check("in-context, shots=2", base.model, shots=2)
+    assert np.isnan(table.loc["in-context, shots=2", "train_loss"])
+    schedule = replace(NEW_ADAPTER, steps=3, batch=4)
+    (new,), curves = train_fresh(base, ["x"], train, validation, schedule, seeds=[4], plans=[Plan(2)])
+    check(BASELINES[1].label, dense_model(base, deltas(new)))
+    assert table.loc[BASELINES[1].label, "rank"] == 2
+    assert table.loc[BASELINES[1].label, "passes"] == 3 * 4 + 2 * 4
+    assert table.loc[BASELINES[1].label, "tokens"] == int(curves.tokens[0]) + 2 * sum(map(len, validation[0]))
+    best = rank_adapters(pool, task, base)["name"].tolist()[:2]
+    for recipe in (fitted, fitted.against()):
+        stack = random_like(pool.stack(best), "sigma", seed=4) if recipe.control else pool.stack(best)
+        (fit,) = fit_many(base, [stack], train, validation, "coefficients", seeds=[4], steps=3, every=1)
+        check(recipe.label, dense_model(base, deltas(fit.adapter)))
+        row = table.loc[recipe.label]
+        assert json.loads(row["chosen"]) == list(stack.names)
+        assert row["coefficient_norm"] == pytest.approx(float(fit.coefficients.norm()), rel=1e-4)
+        assert row["norm"] == pytest.approx(fit.adapter.norm(), rel=1e-4)
+        assert (row["passes"], row["tokens"]) == (fit.passes, fit.tokens)
+    assert table["loss"].nunique() == 5
+    prompts = [base.tokenizer(task.prompt(e))["input_ids"] for e in task.test]
+    assert table.loc["zero-shot", "tokens_per_example"] == pytest.approx(np.mean([len(p) + 1 for p in prompts]))
+    assert table["tokens_per_example"].max() == table.loc["in-context, shots=2", "tokens_per_example"]
+    assert 0 < table["train_accuracy"].max() <= 1
+
+
+@pytest.mark.parametrize("method", ["average", "ties"])
+@pytest.mark.parametrize("control", ["", "norm"])
+def test_lambda_is_the_arg_min_of_the_validation_loss(base, pool, tasks, method, control):
+    recipe = Recipe(method, k=3, control=control)
+    table = compare(base, pool, tasks[:2], [recipe], baselines=(), control="", seeds=[2])
+    stack = pool.select("random", 3, seed=2)
+    stack = random_like(stack, control, seed=2) if control else stack
+    merged = wb.merge(stack, method)
+    for row, task in zip(table.to_dict("records"), tasks, strict=False):
+        dense = {m: d.double() for m, d in merged.modules.items()} if method == "ties" else deltas(merged)
+        losses = [
+            scored(base, dense_model(base, {m: s * d for m, d in dense.items()}), task, "validation")[1] for s in SCALES
+        ]
+        assert row["scale"] == SCALES[int(np.argmin(losses))]
+        assert row["validation_loss"] == pytest.approx(min(losses), rel=1e-4)
+        best = dense_model(base, {m: row["scale"] * d for m, d in dense.items()})
+        assert (row["accuracy"], row["loss"]) == pytest.approx(scored(base, best, task, "test"), rel=1e-4)
+        assert row["accuracy_unscaled"] == pytest.approx(scored(base, dense_model(base, dense), task, "test")[0])
+        assert row["norm"] == pytest.approx(row["scale"] * merged.norm(), rel=1e-4)
+        assert row["passes"] == len(SCALES) * 4
+    assert 1.0 in SCALES
+    assert list(SCALES) == sorted(set(SCALES))
+
+
+def test_lambda_differs_between_tasks(base, pool, tasks):
+    """Otherwise the test above could not tell one task's λ from another's."""
+    table = compare(base, pool, tasks, [Recipe("sum", k=3), Recipe("sum", k=1)], baselines=(), seeds=(0, 1, 2))
+    assert table["scale"].nunique() > 1
+
+
+@pytest.mark.parametrize("recipe", FAMILIES, ids=lambda r: r.label)
+def test_side_by_side_equals_alone(base, pool, tasks, recipe):
+    """Three tasks, one of other sizes, under two seeds, against one call each; the order stays."""
+    settings = {"recipes": [recipe], "baselines": (), "control": ""}
+    together = compare(base, pool, tasks, seeds=(0, 3), **settings)
+    assert together[["task", "seed"]].to_numpy().tolist() == [[t.name, s] for t in tasks for s in (0, 3)]
+    for i, (task, seed) in enumerate((t, s) for t in tasks for s in (0, 3)):
+        (alone,) = compare(base, pool, [task], seeds=[seed], **settings).to_dict("records")
+        row = together.iloc[i]
+        for column in [c for c in SCORES if c in alone]:
+            assert row[column] == pytest.approx(alone[column], rel=1e-4, abs=1e-5), column
+        for column in ("key", "chosen", "passes", "tokens", "rank", "tokens_per_example"):
+            assert row[column] == alone[column], column
+    assert set(together["n_test"]) == {8, 5}
+
+
+def test_parts_of_a_long_list_keep_their_order(base, pool, tasks):
+    place = runs.Workplace(base, pool)
+    cases = [Case(task, seed) for task in tasks for seed in (0, 1)]
+    whole = run(place, FAMILIES[3], cases)
+    place.side_by_side = 1
+    parts = run(place, FAMILIES[3], cases)
+    for one, other in zip(whole, parts, strict=True):
+        assert one.chosen == other.chosen
+        assert one.facts == pytest.approx(other.facts, rel=1e-4)
+
+
+@pytest.mark.parametrize("recipe", [r for r in FAMILIES if r.method not in ("zero-shot", "in-context")], ids=lambda r: r.label)  # fmt: skip
+def test_the_test_split_decides_nothing(base, pool, tasks, recipe):
+    other = replace(
+        tasks[0], test=tuple(Example(e.input + " b", "zz"[: i % 2 + 1]) for i, e in enumerate(tasks[1].test))
+    )
+    settings = {"recipes": [recipe], "baselines": (), "control": "", "seeds": [1]}
+    (one,), (two,) = (compare(base, pool, [t], **settings).to_dict("records") for t in (tasks[0], other))
+    same = ["chosen", "norm", "rank", "passes", "tokens", "train_loss", "validation_loss", "train_accuracy"]
+    same += [c for c in ("scale", "coefficient_norm", "coefficient_mean") if c in one]
+    assert {c: one[c] for c in same} == {c: two[c] for c in same}
+    assert one["loss"] != two["loss"]
+    assert one["key"] != two["key"]
+
+
+@pytest.mark.parametrize("recipe", [FAMILIES[4], FAMILIES[5], FAMILIES[7]], ids=lambda r: r.label)
+def test_the_validation_split_selects_no_adapter(base, pool, tasks, recipe):
+    other = replace(tasks[0], validation=tasks[1].validation)
+    settings = {"recipes": [recipe], "baselines": (), "control": "", "seeds": [1]}
+    (one,), (two,) = (compare(base, pool, [t], **settings).to_dict("records") for t in (tasks[0], other))
+    assert one["chosen"] == two["chosen"]
+    assert one["validation_loss"] != two["validation_loss"]
+    if recipe.method == "lorahub":
+        assert one["norm"] == two["norm"]
+        assert one["loss"] == two["loss"]
+
+
+def test_seeds_draw_adapters_and_examples(base, pool):
+    table = compare(
+        base, pool, ["nano/mirror-months"], [Recipe("average", k=2)], seeds=range(3), n_train=3, n_validation=2, n_test=4,
+        baselines=(), control="",
+    )  # fmt: skip
+    assert table["chosen"].nunique() > 1
+    assert table["split"].nunique() == 3
+    assert table["n_train"].tolist() == [3] * 3
+    assert table["operation"].tolist() == ["mirror"] * 3
+    assert table["task"].tolist() == ["nano/mirror-months"] * 3
+
+
+def test_tasks_of_one_name_are_told_apart(base, pool, tasks):
+    """Another wording of the same examples, beside the first: its own scores, not the first's."""
+    other = replace(tasks[0], template="{input} ? ", bare="{input} : ")
+    for recipe in (FAMILIES[0], FAMILIES[1]):
+        settings = {"recipes": [recipe], "baselines": ()}
+        both = compare(base, pool, [tasks[0], other], **settings)
+        alone = compare(base, pool, [other], **settings)
+        assert both["loss"][1] == pytest.approx(alone["loss"][0])
+        assert both["loss"][0] != pytest.approx(both["loss"][1])
+        assert both["key"].nunique() == 2
+
+
+# Stored results
+
+
+def test_what_is_stored_is_read_and_not_run_again(base, pool, tasks, tmp_path, monkeypatch):
+    recipes = [FAMILIES[3], FAMILIES[6]]
+    settings = {"baselines": BASELINES[:1], "results": tmp_path / "runs"}
+    said = []
+    first = compare(base, pool, tasks[:2], recipes, **settings, say=said.append)
+    assert len(list((tmp_path / "runs").iterdir())) == len(first) == 10
+    assert [re_count(line) for line in said] == [(2, 0)] * 5
+
+    def never(*_):
+        raise AssertionError("ran again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "run", never)
+        patch.setattr(experiment, "provenance", lambda: {"commit": "another"})
+        said.clear()
+        second = compare(base, pool, tasks[:2], recipes, **settings, say=said.append)
+        assert [re_count(line) for line in said] == [(0, 2)] * 5
+        some = compare(base, pool, tasks[1::-1], recipes[1:], **settings)
+        with pytest.raises(AssertionError, match="ran again"):
+            compare(base, pool, tasks[:2], recipes, **settings, seeds=[1])
+    pd.testing.assert_frame_equal(first, second)
+    assert some["task"].tolist() == ["two", "one"] * 3
+    more = compare(base, pool, tasks, recipes, **settings)
+    assert len(list((tmp_path / "runs").iterdir())) == len(more) == 15
+    same = more[more["task"] != "three"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(same, first, check_like=True)
+    fresh = compare(base, pool, tasks[:2], recipes, baselines=BASELINES[:1])
+    differ = ["seconds"]
+    pd.testing.assert_frame_equal(fresh.drop(columns=differ), first.drop(columns=differ), check_dtype=False, check_like=True)  # fmt: skip
+
+
+def re_count(line):
+    """(runs, stored) out of a line of progress."""
+    words = line.split(": ", 1)[1].split()
+    return int(words[0]), int(words[2].removeprefix("("))
+
+
+def test_asking_twice_in_one_call(base, pool, tasks, tmp_path):
+    for results in (None, tmp_path / "runs"):
+        table = compare(base, pool, [tasks[0]] * 2, [], baselines=BASELINES[:1], results=results)
+        assert table["task"].tolist() == ["one", "one"]
+        assert table["loss"].nunique() == 1
+
+
+def test_what_a_key_depends_on(base, pool, tasks, monkeypatch):
+    recipe = Recipe("coefficients", k=3, steps=5)
+    stand_in = SimpleNamespace(digest="b", dtype=torch.float32, device=torch.device("cpu"))
+    pools = [SimpleNamespace(digest=d) for d in "pq"]
+
+    def key(base=stand_in, pool=pools[0], task=tasks[0], seed=0, recipe=recipe):
+        return experiment._key(base, pool, Case(task, seed), recipe)
+
+    keys = {
+        "": key(),
+        "pool": key(pool=pools[1]),
+        "base": key(base=SimpleNamespace(**{**vars(stand_in), "digest": "c"})),
+        "dtype": key(base=SimpleNamespace(**{**vars(stand_in), "dtype": torch.bfloat16})),
+        "device": key(base=SimpleNamespace(**{**vars(stand_in), "device": torch.device("cuda")})),
+        "task": key(task=tasks[1]),
+        "name": key(task=replace(tasks[0], name="other")),
+        "wording": key(task=replace(tasks[0], template="{input} ")),
+        "train": key(task=replace(tasks[0], train=tasks[0].train[1:])),
+        "test": key(task=replace(tasks[0], test=tasks[0].test[1:])),
+        "seed": key(seed=1),
+        "method": key(recipe=Recipe("lorahub", k=3)),
+        "select": key(recipe=Recipe("coefficients", select="evaluation", k=3, steps=5)),
+        "k": key(recipe=Recipe("coefficients", k=4, steps=5)),
+        "control": key(recipe=recipe.against()),
+        "other control": key(recipe=recipe.against("norm")),
+        "option": key(recipe=Recipe("coefficients", k=3, steps=6)),
+        "more options": key(recipe=Recipe("coefficients", k=3, steps=5, lr=0.1)),
+    }
+    function, version, *rest = ADAPTIVE["coefficients"]
+    with monkeypatch.context() as patch:
+        patch.setitem(ADAPTIVE, "coefficients", (function, version + 1, *rest))
+        keys["version"] = key()
+    assert len(set(keys.values())) == len(keys)
+    monkeypatch.setattr(experiment, "provenance", lambda: {"commit": "another"})
+    assert key() == keys[""]
+    assert key(seed=np.int64(0)) == keys[""]
+    zero = Recipe("zero-shot")
+    assert key(recipe=zero) == key(recipe=zero, pool=pools[1])  # no pool in it
+
+
+def test_a_run_that_breaks_leaves_whole_rows_and_is_taken_up_again(base, pool, tasks, tmp_path, monkeypatch):
+    recipes, settings = [Recipe("average", k=2), Recipe("sum", k=2)], {"baselines": (), "control": "", "results": tmp_path / "runs"}  # fmt: skip
+    real, ran = experiment.run, []
+
+    def breaks(place, recipe, cases):
+        ran.append(recipe.method)
+        if recipe.method == "sum":
+            raise KeyboardInterrupt
+        return real(place, recipe, cases)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "run", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            compare(base, pool, tasks, recipes, **settings)
+    assert Results(tmp_path / "runs").read()["method"].tolist() == ["average"] * 3
+    assert all(path.suffix == ".parquet" for path in (tmp_path / "runs").iterdir())
+    monkeypatch.setattr(experiment, "run", lambda place, recipe, cases: ran.append(recipe.method) or real(place, recipe, cases))  # fmt: skip
+    table = compare(base, pool, tasks, recipes, **settings)
+    assert ran == ["average", "sum", "sum"]
+    assert table["method"].tolist() == ["average"] * 3 + ["sum"] * 3
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "changes"),
+    [
+        (TaskError, "give at least one task and one seed", {"tasks": []}),
+        (TaskError, "give at least one task and one seed", {"seeds": ()}),
+        (TaskError, "no task 'nano/miror-months'; did you mean nano/mirror-months", {"tasks": ["nano/miror-months"]}),
+        (TaskError, "expected a sequence of tasks, got the single task 'nano/mirror-months'", {"tasks": "nano/mirror-months"}),
+        (TaskError, "n_test is 3000, expected 1 to 2000", {"tasks": ["nano/mirror-months"], "n_test": 3000}),
+        (SelectionError, "7 adapters asked for, but pool .* has 6", {"recipes": [Recipe("average", k=7)]}),
+        (SelectionError, "k is 0", {"recipes": [Recipe("average", k=0)]}),
+        (MergeError, "random control 'no' is unknown", {"control": "no"}),
+        (MergeError, "give at least one recipe or baseline", {"recipes": [], "baselines": ()}),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_compared_is_said_before_anything_is_written(base, pool, tasks, tmp_path, error, said, changes):
+    given = {"tasks": tasks[:1], "recipes": [Recipe("average", k=2)], "results": tmp_path / "runs"} | changes
+    with pytest.raises(error, match=said):
+        compare(base, pool, given.pop("tasks"), given.pop("recipes"), **given)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_task_that_lacks_a_split(base, pool, tasks, split):
+    with pytest.raises(TaskError, match="one: comparing needs training, validation and test examples"):
+        compare(base, pool, [tasks[1], replace(tasks[0], **{split: ()})], [], baselines=BASELINES[:1])
+
+
+def test_an_error_in_the_middle_leaves_whole_rows_only(base, pool, tasks, tmp_path):
+    store = Results(tmp_path / "runs")
+    with pytest.raises(MergeError, match="granularity 'modul' is unknown"):
+        compare(base, pool, tasks[:1], [Recipe("coefficients", k=2, granularity="modul")], baselines=BASELINES[:1], results=store.folder)  # fmt: skip
+    assert store.read()["method"].tolist() == ["zero-shot"]
+    with pytest.raises(TaskError, match="9 demonstrations asked for, but only 6"):
+        compare(base, pool, tasks[:1], [Recipe("in-context", shots=9)], baselines=(), results=store.folder)
+    with pytest.raises(WorkbenchError, match="factor space needs"):
+        compare(base, pool, tasks[:1], [Recipe("lorahub", k=3, space="factor")], baselines=(), results=store.folder)
+    assert [path.suffix for path in store.folder.iterdir()] == [".parquet"]
+
+
+# The grids behind the notebooks
+
+
+def test_grids_are_well_formed(monkeypatch):
+    bundled = set(wb.tasks.names())
+    stand_in = SimpleNamespace(digest="b", dtype=torch.float32, device=torch.device("cpu"))
+    some = Task("t", "do", (), (), ())
+    for parts in grids.GRIDS.values():
+        keys, labels = [], []
+        for recipes, baselines, settings in parts:
+            assert set(settings["tasks"]) <= bundled
+            assert len(set(settings["tasks"])) == len(settings["tasks"]) > 10
+            assert {"seeds", "n_train"} < set(settings)
+            assert set(settings) <= set(compare.__kwdefaults__) | {"tasks"}
+            every = [*baselines, *recipes]
+            assert all(isinstance(recipe, Recipe) and recipe.k <= 72 for recipe in every)
+            assert len({recipe.label for recipe in every}) == len(set(every)) == len(every)
+            labels += [(recipe.label, settings["n_train"]) for recipe in every]
+            task = replace(some, instruction=str(settings["n_train"]))
+            keys += [experiment._key(stand_in, stand_in, Case(task, 0), recipe) for recipe in every]
+        assert len(set(keys)) == len(keys) == len(set(labels))
+
+
+def test_a_grid_by_parts_gathered(base, pool, tasks, tmp_path, monkeypatch):
+    """Three shares (the last has nothing left to do), then one sorted file; gathering again changes nothing."""
+    spec = [([FAMILIES[6], FAMILIES[0]], (), {"tasks": tasks[1::-1], "seeds": (1, 0), "control": ""})]
+    monkeypatch.setitem(grids.GRIDS, "small", spec)
+    monkeypatch.setattr(grids.Pool, "open", lambda name: pool)
+    monkeypatch.setattr(grids.Base, "load", lambda path, device=None: base)
+    for part in (0, 1, 2):
+        grids.run_grid("small", tmp_path / "runs", part=part, parts=3, say=None)
+    path = grids.gather("small", tmp_path / "runs", tmp_path / "out")
+    assert path == tmp_path / "out" / "grid_small.parquet"
+    table = pd.read_parquet(path)
+    order = table[["recipe", "task", "seed", "n_train"]].to_numpy().tolist()
+    assert order == sorted(order)
+    assert len(table) == 8
+    assert not {"versions", "platform", "split"} & set(table)
+    before = path.read_bytes()
+    assert grids.gather("small", tmp_path / "runs", tmp_path / "out").read_bytes() == before
+
+
+def test_the_command_line(tmp_path, monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(grids, "run_grid", lambda name, folder, **how: ran.append((name, folder, how)))
+    monkeypatch.setattr(grids, "gather", lambda name, folder, out: ran.append(("gather", name)) or out / name)
+    grids.main(["--out", str(tmp_path), "--results", "r", "--grid", "random", "--part", "1/4"])
+    assert [(name, str(folder), how) for name, folder, how in ran] == [("random", "r", {"part": 1, "parts": 4})]
+    ran.clear()
+    grids.main(["--out", str(tmp_path), "--grid", "random", "--gather"])
+    assert ran == [("gather", "random")]
+    ran.clear()
+    grids.main(["--out", str(tmp_path)])
+    assert [one[0] for one in ran] == ["merging", "gather", "random", "gather"]
+    assert str(tmp_path / "random") in capsys.readouterr().out
+
+
+def test_on_the_bundled_pool():
+    """The real thing, small: a relative in the pool is found by evaluation and does better than the bare base."""
+    pool = Pool.open("nano")
+    base = Base.load(pool.base, device="cpu")
+    recipe = Recipe("average", select="evaluation", k=1)
+    table = compare(
+        base, pool, ["nano/rotate-right-months"], [recipe], n_train=4, n_validation=4, n_test=40, baselines=BASELINES[:1]
+    )  # fmt: skip
+    accuracy = dict(zip(table["recipe"], table["accuracy"], strict=True))
+    assert accuracy[recipe.label] > accuracy["zero-shot"] + 0.2
+    assert accuracy[recipe.label] > accuracy[recipe.against().label] + 0.2
