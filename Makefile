@@ -7,6 +7,10 @@ PY := .venv/bin/python
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile --durations 10
 NOTEBOOKS := $(PY) -m workbench.notebooks
 
+# One thread a process: on models this small more threads cost more than they give, above all on a busy machine.
+export OMP_NUM_THREADS ?= 1
+export MKL_NUM_THREADS ?= 1
+
 # A kernel named python3 that lies elsewhere must not win over the environment's own.
 export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter$(if $(JUPYTER_PATH),:$(JUPYTER_PATH))
 

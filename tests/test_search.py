@@ -260,6 +260,24 @@ def test_an_adapter_that_helps_is_found(base, optimiser):
         assert float(losses.mean()) < 0.8 * zero
 
 
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_candidates_that_overflow(base, mixed, monkeypatch, optimiser):
+    """All but w = 0 give NaN: it is what comes back. Where that gives NaN too, there is nothing to return."""
+    broken, real = [False], population_losses
+
+    def overflow(base, stacks, weights, *args):
+        losses = real(base, stacks, weights, *args)
+        return torch.where(weights.any(2, keepdim=True) | broken[0], torch.nan, losses)
+
+    monkeypatch.setattr(search, "population_losses", overflow)
+    settings = {"seeds": [0], "optimiser": optimiser, "budget": 20}
+    (fitted,) = lorahub(base, [mixed], [examples(base, 3, 0)], **settings)
+    assert not fitted.coefficients.any()
+    broken[0] = True
+    with pytest.raises(MergeError, match="fit 0 of 1: no candidate has a finite loss"):
+        lorahub(base, [mixed], [examples(base, 3, 0)], **settings)
+
+
 def test_factor_space_needs_adapters_alike(base, mixed):
     rows = [examples(base, 2, 0)]
     said = r"one rank and scaling with the same modules; in .*down_proj the ranks are \[2, 5, 0\].*space='delta'"

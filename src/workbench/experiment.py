@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 
 import pandas as pd
@@ -61,7 +62,7 @@ class Recipe:
             near = difflib.get_close_matches(str(select), SELECTIONS, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(SELECTIONS)}"
             raise SelectionError(f"no selection method {select!r}; {hint}")
-        k, options = int(k), {name: _plain(value) for name, value in options.items()}
+        k, options = index(k), {name: _plain(value) for name, value in options.items()}
         check_options(method, options)
         for name, value in {"method": method, "select": select, "k": k, "control": control}.items():
             object.__setattr__(self, name, value)
@@ -130,7 +131,7 @@ def compare(
     """
     if isinstance(tasks, str | Task):
         raise TaskError(f"expected a sequence of tasks, got the single task {tasks!r:.60}; write [it]")
-    seeds, recipes = [int(seed) for seed in seeds], list(recipes)
+    seeds, recipes = [index(seed) for seed in seeds], list(recipes)
     cases = [
         Case(
             task

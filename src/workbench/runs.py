@@ -202,6 +202,7 @@ def tune_scales(base: Base, adapters: Sequence[Adapter], validation: Sequence[Se
     scales = torch.tensor(SCALES, device=base.device).repeat(len(adapters))
     updates = {m: LowRank(u.B, u.A, scales[:, None].expand(-1, u.A.shape[1])) for m, u in together.items()}
     losses = score(base, [rows for rows in validation for _ in range(n)], updates).loss.mean(1).view(len(adapters), n)
+    losses = losses.nan_to_num(nan=torch.inf, posinf=torch.inf)  # a λ that overflows is no minimum
     return [SCALES[i] for i in losses.argmin(1).tolist()]
 
 

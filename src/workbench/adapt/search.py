@@ -145,7 +145,8 @@ def lorahub(
     time (what nevergrad's NGOpt resolves to at these sizes). Returns the best candidate ever evaluated.
 
     Raises:
-        MergeError: an unknown space, optimiser or objective, a budget below 1, or stacks of unequal size.
+        MergeError: an unknown space, optimiser or objective, a budget below 1, stacks of unequal size, or a base that
+            gives no finite loss.
     """
     for value, known, what in (
         (space, SPACES, "space"),
@@ -171,9 +172,10 @@ def lorahub(
         weights = torch.from_numpy(candidates).float()
         mine = {module: tuple(tensor[list(which)] for tensor in piece) for module, piece in pieces.items()}
         losses = population_losses(base, [stacks[i] for i in which], weights, [train[i] for i in which], space, mine)
-        return torch.stack(
-            [objective_value(losses[j], lengths[i], weights[j], objective) for j, i in enumerate(which)]
-        ).numpy()
+        found = [objective_value(losses[j], lengths[i], weights[j], objective) for j, i in enumerate(which)]
+        return (
+            torch.stack(found).nan_to_num(nan=torch.inf, posinf=torch.inf).numpy()
+        )  # an overflow is no good candidate
 
     if optimiser == "cma":
         searches = [_Search(k, budget, int(seed)) for seed in seeds]
@@ -190,6 +192,8 @@ def lorahub(
         )
     out = []
     for g, stack in enumerate(stacks):
+        if not np.isfinite(histories[g]).any():
+            raise MergeError(f"fit {g} of {len(stacks)}: no candidate has a finite loss, not even the bare base")
         weights = torch.from_numpy(np.asarray(best[g])).float()
         name = names[g] if names else f"lorahub-of-{k}"
         if space == "delta":
