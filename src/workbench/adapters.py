@@ -28,6 +28,19 @@ _KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])
 # Initialisations that subtract something from the base's own weights (peft docs, LoraConfig.init_lora_weights):
 # without that altered base, s·B·A alone is not the fine-tuned model.
 _ALTERING = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
+# Settings of LoRA variants that compute something else, or train more, than s·B·A.
+_VARIANTS = (
+    "layer_replication",
+    "lora_bias",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
 
 
 @dataclass(frozen=True)
@@ -115,18 +128,7 @@ def _not_plain(config: Mapping):
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_ALTERING):
         yield f"init_lora_weights = {init!r} (this initialisation altered the base's weights)"
-    for name in (
-        "layer_replication",
-        "lora_bias",
-        "trainable_token_indices",
-        "target_parameters",
-        "alora_invocation_tokens",
-        "use_qalora",
-        "use_bdlora",
-        "kasa_config",
-        "monteclora_config",
-        "arrow_config",
-    ):
+    for name in _VARIANTS:
         if config.get(name):
             yield f"{name} is set"
 

@@ -114,5 +114,5 @@ def _read(files: list[Path], sql: str = "select * from results") -> pd.DataFrame
 
     names = [glob.escape(str(file)) for file in files]  # a folder's name may hold [ ] * ?
     with duckdb.connect() as connection:
-        connection.read_parquet(names, union_by_name=True, hive_partitioning=False).create_view("results")
+        connection.read_parquet(names, union_by_name=True).create_view("results")
         return connection.sql(sql).df()

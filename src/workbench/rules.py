@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file
 
-from workbench.adapters import _ALTERING, _KEY, CONFIG, WEIGHTS
+from workbench.adapters import _ALTERING, _KEY, _VARIANTS, CONFIG, WEIGHTS
 from workbench.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -27,18 +27,6 @@ MAX_CONFIG, MAX_WEIGHTS = 2**20, 2**34  # bytes
 MAX_TENSORS, MAX_LOOKUPS = 20_000, 10**6
 MAX_NORM = 1000.0  # recycling study: 1 < ‖ΔW‖_F ≤ 1000 over all modules
 WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_VARIANTS = (
-    "layer_replication",
-    "lora_bias",
-    "trainable_token_indices",
-    "target_parameters",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-)
 # What a stranger's regular expression may be made of: no quantifier on a group, so that matching cannot take for ever.
 _TAME = re.compile(r"(?:[\w-]|\\[.\-d]\+?|\.[*+]?|[|^$)]|\[[\w-]+\]|\((?:\?:)?)+")
 

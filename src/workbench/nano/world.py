@@ -242,7 +242,9 @@ def relevance(target: Spec, upstream: Spec) -> float:
 
 
 def sample_input(spec: Spec, rng: random.Random) -> list[str]:
-    """3–6 items of the domain; yes/no operations and `unique` get both answers about equally often."""
+    """3–6 items of the domain, with replacement; half of the inputs of `has repeat` and `unique` without a repeat, half of
+    those of `is sorted` in order.
+    """
     domain = DOMAINS[spec.domain]
     length = rng.randint(3, 6)
     if spec.parts[0] in ("has repeat", "unique") and rng.random() < 0.5:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -50,8 +51,6 @@ class Task:
 
     def digest(self) -> str:
         """Content hash of wording and examples."""
-        import hashlib
-
         parts = [self.instruction, self.template, self.bare, self.separator, str(self.max_new_tokens)]
         for split in (self.train, self.validation, self.test):
             parts += [f"{example.input}\x00{example.target}" for example in split] + ["\x01"]
