@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import random
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from workbench.adapters import Adapter, Factors
 from workbench.base import Base
 from workbench.compose import compose, grouped
+from workbench.evaluate import Encoded, encode
 from workbench.nano.forge import PRESETS, new_model
 from workbench.nano.shelf import make_tokenizer
 
@@ -182,6 +184,16 @@ def some_ids(base: Base, rows: int = 3, length: int = 12, seed: int = 0) -> Tens
 
 
 @torch.no_grad()
+def some_examples(base: Base, n: int, seed: int) -> list[Encoded]:
+    """n encoded examples of random letters."""
+    rng = random.Random(seed)
+
+    def word(longest: int) -> str:
+        return "".join(rng.choice("abcdefg ") for _ in range(rng.randint(1, longest)))
+
+    return [encode(base, word(14), word(6)) for _ in range(n)]
+
+
 def peft_logits(base: Base, folder: Path, ids: Tensor) -> Tensor:
     """Logits of a copy of the base with a folder loaded by plain peft."""
     from peft import PeftModel

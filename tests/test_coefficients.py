@@ -9,7 +9,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 import workbench as wb
-from helpers import hook_logits, peft_logits, random_adapter, relative, some_ids, tiny_base
+from helpers import hook_logits, peft_logits, random_adapter, relative, some_examples, some_ids, tiny_base
 from workbench.adapt import ADAPTIVE, fit_many, options_of
 from workbench.adapt.coefficients import (
     ACTIVATIONS,
@@ -35,12 +35,6 @@ def base():
     return tiny_base(spread=2)
 
 
-def examples(base, n, seed):
-    rng = random.Random(seed)
-    word = lambda k: "".join(rng.choice("abcdefg ") for _ in range(rng.randint(1, k)))  # noqa: E731
-    return [encode(base, word(14), word(6)) for _ in range(n)]
-
-
 @pytest.fixture(scope="module")
 def stacks(base):
     """Three stacks of three adapters: unequal ranks, scalings and targets; the second lacks most modules."""
@@ -52,7 +46,7 @@ def stacks(base):
 
 @pytest.fixture(scope="module")
 def data(base):
-    return [examples(base, n, n) for n in (3, 9, 6)], [examples(base, 4, 50 + n) for n in range(3)]
+    return [some_examples(base, n, n) for n in (3, 9, 6)], [some_examples(base, 4, 50 + n) for n in range(3)]
 
 
 def same_fit(got, want):

@@ -38,7 +38,7 @@ FAMILIES = [
     Recipe("lorahub", k=3, budget=9),
     Recipe("average", k=3),
     Recipe("ties", select="evaluation", k=2, rank=4),
-    Recipe("lego", k=3, control="sigma"),
+    Recipe("lego", select="evaluation", k=3, control="sigma"),
 ]
 SCORES = ["accuracy", "loss", "train_accuracy", "train_loss", "validation_accuracy", "validation_loss"]
 
@@ -218,7 +218,7 @@ def test_columns(base, pool, tasks):
 def test_rows_by_hand(base, pool, tasks):
     """Zero-shot, in-context, a new adapter, coefficients over a selection by evaluation, and their random control."""
     task = tasks[0]
-    fitted = Recipe("coefficients", select="evaluation", k=2, steps=3, every=1)
+    fitted = Recipe("coefficients", select="evaluation", k=2, steps=3, every=1, batch=2, start="normal")
     table = compare(base, pool, [task], [fitted, FAMILIES[1]], baselines=BASELINES, seeds=[4]).set_index("recipe")
     train, validation = ([encode_task(base, task, s)] for s in (task.train, task.validation))
 
@@ -242,7 +242,9 @@ def test_rows_by_hand(base, pool, tasks):
     best = rank_adapters(pool, task, base)["name"].tolist()[:2]
     for recipe in (fitted, fitted.against()):
         stack = random_like(pool.stack(best), "sigma", seed=4) if recipe.control else pool.stack(best)
-        (fit,) = fit_many(base, [stack], train, validation, "coefficients", seeds=[4], steps=3, every=1)
+        (fit,) = fit_many(
+            base, [stack], train, validation, "coefficients", seeds=[4], steps=3, every=1, batch=2, start="normal"
+        )
         check(recipe.label, dense_model(base, deltas(fit.adapter)))
         row = table.loc[recipe.label]
         assert json.loads(row["chosen"]) == list(stack.names)
@@ -299,8 +301,8 @@ def test_lambda_differs_between_tasks(base, pool, tasks):
 
 @pytest.mark.parametrize("recipe", FAMILIES, ids=lambda r: r.label)
 def test_side_by_side_equals_alone(base, pool, tasks, recipe):
-    """Three tasks, one of other sizes, under two seeds, against one call each; the order stays."""
-    settings = {"recipes": [recipe], "baselines": (), "control": ""}
+    """Three tasks, the middle one of other sizes, under two seeds, against one call each; the order stays."""
+    settings, tasks = {"recipes": [recipe], "baselines": (), "control": ""}, [tasks[0], tasks[2], tasks[1]]
     together = compare(base, pool, tasks, seeds=(0, 3), **settings)
     assert together[["task", "seed"]].to_numpy().tolist() == [[t.name, s] for t in tasks for s in (0, 3)]
     for i, (task, seed) in enumerate((t, s) for t in tasks for s in (0, 3)):
@@ -362,16 +364,35 @@ def test_seeds_draw_adapters_and_examples(base, pool):
     assert table["task"].tolist() == ["nano/mirror-months"] * 3
 
 
-def test_tasks_of_one_name_are_told_apart(base, pool, tasks):
+@pytest.mark.parametrize(
+    ("recipe", "change"),
+    [
+        (FAMILIES[0], {"template": "{input} ? "}),
+        (FAMILIES[0], {"instruction": "tell"}),
+        (FAMILIES[0], {"max_new_tokens": 9}),
+        (FAMILIES[1], {"bare": "{input} : "}),
+        (FAMILIES[1], {"separator": " ; "}),
+    ],
+)
+def test_tasks_of_one_name_are_told_apart(base, pool, tasks, recipe, change):
     """Another wording of the same examples, beside the first: its own scores, not the first's."""
-    other = replace(tasks[0], template="{input} ? ", bare="{input} : ")
-    for recipe in (FAMILIES[0], FAMILIES[1]):
-        settings = {"recipes": [recipe], "baselines": ()}
-        both = compare(base, pool, [tasks[0], other], **settings)
-        alone = compare(base, pool, [other], **settings)
-        assert both["loss"][1] == pytest.approx(alone["loss"][0])
-        assert both["loss"][0] != pytest.approx(both["loss"][1])
-        assert both["key"].nunique() == 2
+    other = replace(tasks[0], **change)
+    both = compare(base, pool, [tasks[0], other], [recipe], baselines=())
+    alone = compare(base, pool, [other], [recipe], baselines=())
+    assert both["loss"][1] == pytest.approx(alone["loss"][0])
+    assert both["loss"][0] != pytest.approx(both["loss"][1])
+    assert both["key"].nunique() == 2
+
+
+def test_merges_of_one_stack_are_told_apart(base, pool, tasks):
+    """Two settings of one method, and real adapters and two controls, over the same selection."""
+    recipes = [Recipe("ties", k=3, density=0.1), Recipe("ties", k=3, density=0.9)]
+    recipes += [recipes[0].against("sigma"), recipes[0].against("norm")]
+    both = compare(base, pool, tasks[:1], recipes, baselines=(), control="")
+    for i, recipe in enumerate(recipes):
+        (alone,) = compare(base, pool, tasks[:1], [recipe], baselines=(), control="")["loss"]
+        assert both["loss"][i] == pytest.approx(alone)
+    assert both["loss"].nunique() == 4
 
 
 # Stored results

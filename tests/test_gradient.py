@@ -2,7 +2,6 @@
 
 import copy
 import math
-import random
 import re
 
 import numpy as np
@@ -10,12 +9,12 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from helpers import peft_s_own_warnings, random_adapter, relative, tiny_base
+from helpers import peft_s_own_warnings, random_adapter, relative, some_examples, tiny_base
 from workbench.adapt.fresh import NEW_ADAPTER, PROJECTIONS, Plan, start_factors, train_fresh
 from workbench.adapt.gradient import Schedule, clip_each, cosine_rate, fit
 from workbench.compose import LowRank, compose, grouped, shared
 from workbench.errors import AdapterError, MergeError
-from workbench.evaluate import Encoded, Packed, encode, row_losses, score
+from workbench.evaluate import Encoded, Packed, row_losses, score
 from workbench.stack import Stack
 
 PLANS = [Plan(4), Plan(2, 1.0, targets=("q_proj", "v_proj")), Plan(6, 0.5, rslora=True)]
@@ -24,12 +23,6 @@ PLANS = [Plan(4), Plan(2, 1.0, targets=("q_proj", "v_proj")), Plan(6, 0.5, rslor
 @pytest.fixture(scope="module")
 def base():
     return tiny_base(spread=2)
-
-
-def examples(base, n, seed):
-    rng = random.Random(seed)
-    word = lambda k: "".join(rng.choice("abcdefg ") for _ in range(rng.randint(1, k)))  # noqa: E731
-    return [encode(base, word(14), word(6)) for _ in range(n)]
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +38,8 @@ def fit_coefficients(base, stack, train, validation, schedule, seeds, start=None
 
 def test_fits_of_coefficients_side_by_side_equal_each_alone(base, stack):
     """Training sets of 3, 8 and 11 examples, batches of 5: one fit's batch is its whole set."""
-    train = [examples(base, n, n) for n in (3, 8, 11)]
-    validation = [examples(base, 4, 100 + n) for n in range(3)]
+    train = [some_examples(base, n, n) for n in (3, 8, 11)]
+    validation = [some_examples(base, 4, 100 + n) for n in range(3)]
     schedule = Schedule(steps=12, lr=0.1, batch=5, every=4, clip=0.5)
     together, curves = fit_coefficients(base, stack, train, validation, schedule, [7, 8, 9])
     for g in range(3):
@@ -64,7 +57,10 @@ def test_fits_of_coefficients_side_by_side_equal_each_alone(base, stack):
 
 def test_new_adapters_side_by_side_equal_each_alone(base):
     """Unequal ranks, scales, targets, seeds and sizes; clipping bites for one of them and not for another."""
-    train, validation = [examples(base, n, n) for n in (2, 9, 6)], [examples(base, 3, 50 + n) for n in range(3)]
+    train, validation = (
+        [some_examples(base, n, n) for n in (2, 9, 6)],
+        [some_examples(base, 3, 50 + n) for n in range(3)],
+    )
     names, seeds = ["x", "y", "z"], [3, 1, 2]
     schedule = Schedule(steps=8, lr=3e-3, batch=4, every=3, clip=limit_between(base, train, seeds))
     adapters, curves = train_fresh(base, names, train, validation, schedule, seeds=seeds, plans=PLANS)
@@ -128,7 +124,7 @@ def test_clipping_is_per_fit():
 
 def test_the_best_validation_loss_is_restored(base, stack):
     """Trained far too fast on the opposite of its validation set: a later step is worse than an earlier one."""
-    good, bad = examples(base, 4, 1), examples(base, 4, 2)
+    good, bad = some_examples(base, 4, 1), some_examples(base, 4, 2)
     schedule = Schedule(steps=30, lr=0.5, batch=4, every=3)
     c, curves = fit_coefficients(base, stack, [good, bad], [good, good], schedule, [0, 0])
     assert (curves.validation[-1] > curves.best + 1e-3).any()
@@ -140,19 +136,19 @@ def test_the_best_validation_loss_is_restored(base, stack):
 def test_a_fit_that_never_improves_returns_its_start(base, stack):
     """Validated on what the base already says, trained in giant steps on something else."""
     said = []
-    for row in examples(base, 6, 5):
+    for row in some_examples(base, 6, 5):
         best = base.next_token_logits(torch.tensor([row.prompt]), 1).argmax().item()
         said.append(Encoded(row.prompt, (best,)))
     start = torch.zeros(1, len(stack.modules), len(stack))
     schedule = Schedule(steps=2, lr=1e4, every=1, warmup=0)
-    c, curves = fit_coefficients(base, stack, [examples(base, 4, 6)], [said], schedule, [0], start)
+    c, curves = fit_coefficients(base, stack, [some_examples(base, 4, 6)], [said], schedule, [0], start)
     assert (curves.validation[1:] > curves.validation[0]).all()
     assert torch.equal(c, start)
     assert curves.best == curves.validation[0]
 
 
 def test_without_validation_the_last_step_is_kept(base, stack):
-    train = [examples(base, 6, 1)]
+    train = [some_examples(base, 6, 1)]
     schedule = Schedule(steps=6, lr=0.1, batch=3)
     c, curves = fit_coefficients(base, stack, train, None, schedule, [4])
     assert curves.validation.shape == (0, 1)
@@ -194,7 +190,7 @@ def summed_loss(base, coefficients, stack, row):
 
 
 def test_a_diverging_fit_is_named(base, stack):
-    train = [examples(base, 3, s) for s in range(3)]
+    train = [some_examples(base, 3, s) for s in range(3)]
     start = torch.zeros(3, len(stack.modules), len(stack))
     start[1] = float("nan")
     for validation in (None, train):
@@ -204,7 +200,7 @@ def test_a_diverging_fit_is_named(base, stack):
 
 
 def test_what_does_not_agree_is_refused(base, stack):
-    train = [examples(base, 3, s) for s in range(2)]
+    train = [some_examples(base, 3, s) for s in range(2)]
     schedule = Schedule(steps=1)
     with pytest.raises(MergeError, match="expected 2 fits throughout"):
         fit_coefficients(base, stack, train, None, schedule, [0])
@@ -222,7 +218,7 @@ def test_what_does_not_agree_is_refused(base, stack):
 
 
 def test_no_steps_return_the_start(base, stack):
-    train = [examples(base, 3, 0)]
+    train = [some_examples(base, 3, 0)]
     c, curves = fit_coefficients(base, stack, train, train, Schedule(steps=0), [0])
     assert curves.train.shape == (0, 1)
     assert curves.at == (0,)
@@ -266,7 +262,7 @@ def test_a_new_adapter_is_the_one_that_peft_trains(base, plan):
     """peft's model with the same start, torch's AdamW, the same minibatches, schedule and clipping."""
     from peft import LoraConfig, get_peft_model
 
-    rows, schedule, seed = examples(base, 7, 3), Schedule(steps=5, lr=3e-3, batch=4, clip=0.15), 11
+    rows, schedule, seed = some_examples(base, 7, 3), Schedule(steps=5, lr=3e-3, batch=4, clip=0.15), 11
     (mine,), curves = train_fresh(base, ["mine"], [rows], None, schedule, seeds=[seed], plans=[plan])
     alpha = plan.ratio * plan.rank
     config = LoraConfig(
@@ -313,7 +309,7 @@ def test_a_new_adapter_is_the_one_that_peft_trains(base, plan):
 
 
 def test_training_helps_and_saves_to_peft(base, tmp_path):
-    rows = examples(base, 8, 9)
+    rows = some_examples(base, 8, 9)
     (adapter,), curves = train_fresh(base, ["a"], [rows], [rows], Schedule(steps=30, lr=1e-2, batch=8), seeds=[0])
     assert curves.best < 0.9 * curves.validation[0]
     got = score(base, [rows], grouped([adapter])).loss.mean()

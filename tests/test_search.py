@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import dense_model, hook_logits, peft_logits, random_adapter, relative, some_ids, tiny_base
+from helpers import dense_model, hook_logits, peft_logits, random_adapter, relative, some_examples, some_ids, tiny_base
 from workbench import adapt
 from workbench.adapt import search
 from workbench.adapt.fresh import Plan, train_fresh
@@ -24,12 +24,6 @@ OPTIMISERS = ("cma", "cobyla")
 @pytest.fixture(scope="module")
 def base():
     return tiny_base(spread=2)
-
-
-def examples(base, n, seed):
-    rng = random.Random(seed)
-    word = lambda k: "".join(rng.choice("abcdefg ") for _ in range(rng.randint(1, k)))  # noqa: E731
-    return [encode(base, word(14), word(6)) for _ in range(n)]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +73,7 @@ def test_one_adapter_at_half_weight(base, w):
     """Factor space squares the weight, delta space does not (LoraHub's code against Σ w s B A)."""
     stack = alike(base, 3, 0, ["q_proj"], n=1, alpha=7)
     raw = {m: f.scale * f.raw_B @ f.A for m, f in stack.adapter(0).modules.items()}
-    rows, found = examples(base, 4, 0), {}
+    rows, found = some_examples(base, 4, 0), {}
     for space, factor in (("factor", 0.25), ("delta", w)):
         loss = population_losses(base, [stack], torch.tensor([[[w]]]), [rows], space)
         model = dense_model(base, {m: factor * delta for m, delta in raw.items()})
@@ -92,7 +86,7 @@ def test_one_adapter_at_half_weight(base, w):
 def test_population_against_dense_weights_one_by_one(base, mixed, uniform, space):
     stacks = uniform if space == "factor" else [mixed, uniform[0]]
     weights = torch.rand((2, 4, 3), generator=torch.Generator().manual_seed(0)) * 3 - 1.5
-    rows = [examples(base, 5, 1), examples(base, 5, 2)]
+    rows = [some_examples(base, 5, 1), some_examples(base, 5, 2)]
     got = population_losses(base, stacks, weights, rows, space)
     assert got.shape == (2, 4, 5)
     for g in range(2):
@@ -105,7 +99,7 @@ def test_population_against_dense_weights_one_by_one(base, mixed, uniform, space
 @pytest.mark.parametrize("space", ["delta", "factor"])
 def test_the_returned_adapter_is_the_best_candidate(base, mixed, uniform, space, tmp_path):
     stack = uniform[0] if space == "factor" else mixed
-    (fitted,) = lorahub(base, [stack], [examples(base, 4, 3)], seeds=[1], space=space, budget=20)
+    (fitted,) = lorahub(base, [stack], [some_examples(base, 4, 3)], seeds=[1], space=space, budget=20)
     w = fitted.coefficients[0]
     assert torch.equal(fitted.coefficients, w.expand(len(stack.modules), 3))
     assert w.any()
@@ -160,7 +154,7 @@ def watched(monkeypatch):
 @pytest.mark.parametrize("budget", [1, 9, 17])
 def test_what_a_search_evaluates(base, mixed, watched, optimiser, budget, objective):
     """Zero first, exactly the budget, within the bounds, and the best ever seen comes back."""
-    rows = examples(base, 4, 4)
+    rows = some_examples(base, 4, 4)
     (fitted,) = lorahub(base, [mixed], [rows], seeds=[2], optimiser=optimiser, budget=budget, objective=objective)
     weights = torch.cat([w[0] for w, _ in watched])
     losses = torch.cat([loss[0] for _, loss in watched])
@@ -183,13 +177,13 @@ def test_what_a_search_evaluates(base, mixed, watched, optimiser, budget, object
 def test_pycma_s_population_at_twenty_adapters(base, watched):
     """A budget of 40 is w = 0, three generations of 12, and a part."""
     stack = alike(base, 1, 0, ["q_proj"], n=20)
-    lorahub(base, [stack], [examples(base, 2, 5)], seeds=[0])
+    lorahub(base, [stack], [some_examples(base, 2, 5)], seeds=[0])
     assert [len(w[0]) for w, _ in watched] == [1, 12, 12, 12, 3]
 
 
 def test_cobyla_may_end_before_its_budget_and_counts_what_it_spent(base, watched):
     stack = alike(base, 2, 0, ["q_proj"], n=1)
-    (fitted,) = lorahub(base, [stack], [examples(base, 2, 5)], seeds=[0], optimiser="cobyla", budget=60)
+    (fitted,) = lorahub(base, [stack], [some_examples(base, 2, 5)], seeds=[0], optimiser="cobyla", budget=60)
     assert len(watched) < 60
     assert fitted.passes == 2 * len(watched)
 
@@ -199,7 +193,7 @@ def test_bounds_are_reached_and_kept(base, watched, monkeypatch, optimiser):
     """An objective that falls for ever with w: the best candidate lies at, or near, the bound."""
     monkeypatch.setattr(search, "objective_value", lambda losses, lengths, weights, objective: -weights.sum(1))
     stack = alike(base, 1, 0, ["q_proj"], n=2)
-    (fitted,) = lorahub(base, [stack], [examples(base, 1, 5)], seeds=[0], optimiser=optimiser, budget=40)
+    (fitted,) = lorahub(base, [stack], [some_examples(base, 1, 5)], seeds=[0], optimiser=optimiser, budget=40)
     assert max(float(w.abs().max()) for w, _ in watched) <= 1.5
     assert float(fitted.coefficients.min()) > 1.0
     assert float(fitted.coefficients.max()) > 1.4
@@ -207,7 +201,7 @@ def test_bounds_are_reached_and_kept(base, watched, monkeypatch, optimiser):
 
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
 def test_no_global_generator_is_touched_or_read(base, mixed, optimiser):
-    rows = examples(base, 3, 6)
+    rows = some_examples(base, 3, 6)
     found = []
     for outer in (0, 1):
         np.random.seed(outer)
@@ -224,7 +218,7 @@ def test_no_global_generator_is_touched_or_read(base, mixed, optimiser):
 
 
 def test_the_seed_decides(base, mixed):
-    rows = examples(base, 3, 7)
+    rows = some_examples(base, 3, 7)
     one, other = (lorahub(base, [mixed], [rows], seeds=[s], budget=16)[0].coefficients for s in (1, 2))
     assert not torch.equal(one, other)
 
@@ -233,7 +227,7 @@ def test_the_seed_decides(base, mixed):
 def test_fits_side_by_side_equal_each_alone(base, mixed, uniform, space, optimiser):
     """Different stacks: in factor space of different ranks and modules too."""
     stacks = [*uniform, uniform[0]] if space == "factor" else [mixed, uniform[1], mixed]
-    rows, settings = [examples(base, 4, 20 + g) for g in range(3)], {"space": space, "optimiser": optimiser}
+    rows, settings = [some_examples(base, 4, 20 + g) for g in range(3)], {"space": space, "optimiser": optimiser}
     together = lorahub(base, stacks, rows, seeds=[3, 4, 5], budget=20, names=["x", "y", "z"], **settings)
     for g, fitted in enumerate(together):
         (alone,) = lorahub(base, [stacks[g]], [rows[g]], seeds=[3 + g], budget=20, **settings)
@@ -248,7 +242,7 @@ def test_fits_side_by_side_equal_each_alone(base, mixed, uniform, space, optimis
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
 def test_an_adapter_that_helps_is_found(base, optimiser):
     """One adapter trained on the very examples: weight above zero and a lower loss; turned round: below zero."""
-    rows = examples(base, 5, 8)
+    rows = some_examples(base, 5, 8)
     (trained,), _ = train_fresh(base, ["t"], [rows], None, Schedule(steps=30, lr=1e-2), seeds=[0], plans=[Plan(4)])
     zero = float(objective_value(score(base, [rows]).loss, torch.tensor([float(len(r.answer)) for r in rows]), torch.zeros(1, 1), "paper"))  # fmt: skip
     other = random_adapter(base, 2, 9, name="other", size=0.01)
@@ -271,15 +265,15 @@ def test_candidates_that_overflow(base, mixed, monkeypatch, optimiser):
 
     monkeypatch.setattr(search, "population_losses", overflow)
     settings = {"seeds": [0], "optimiser": optimiser, "budget": 20}
-    (fitted,) = lorahub(base, [mixed], [examples(base, 3, 0)], **settings)
+    (fitted,) = lorahub(base, [mixed], [some_examples(base, 3, 0)], **settings)
     assert not fitted.coefficients.any()
     broken[0] = True
     with pytest.raises(MergeError, match="fit 0 of 1: no candidate has a finite loss"):
-        lorahub(base, [mixed], [examples(base, 3, 0)], **settings)
+        lorahub(base, [mixed], [some_examples(base, 3, 0)], **settings)
 
 
 def test_factor_space_needs_adapters_alike(base, mixed):
-    rows = [examples(base, 2, 0)]
+    rows = [some_examples(base, 2, 0)]
     said = r"one rank and scaling with the same modules; in .*down_proj the ranks are \[2, 5, 0\].*space='delta'"
     with pytest.raises(MergeError, match=said):
         lorahub(base, [mixed.choose(["a", "b", "c"])], rows, seeds=[0], space="factor")
@@ -302,18 +296,18 @@ def test_factor_space_needs_adapters_alike(base, mixed):
 )
 def test_unknown_words(base, mixed, options, said):
     with pytest.raises(MergeError, match=said):
-        lorahub(base, [mixed], [examples(base, 2, 0)], seeds=[0], **options)
+        lorahub(base, [mixed], [some_examples(base, 2, 0)], seeds=[0], **options)
 
 
 def test_fits_that_do_not_go_together(base, mixed):
     with pytest.raises(MergeError, match="equally many adapters and equally many examples"):
-        lorahub(base, [mixed, mixed.choose([0])], [examples(base, 2, 0)] * 2, seeds=[0, 1])
+        lorahub(base, [mixed, mixed.choose([0])], [some_examples(base, 2, 0)] * 2, seeds=[0, 1])
     with pytest.raises(MergeError, match="equally many adapters and equally many examples"):
-        lorahub(base, [mixed, mixed], [examples(base, 2, 0), examples(base, 3, 0)], seeds=[0, 1])
+        lorahub(base, [mixed, mixed], [some_examples(base, 2, 0), some_examples(base, 3, 0)], seeds=[0, 1])
     with pytest.raises(MergeError, match="2 stacks, 2 lists of examples and 1 seeds"):
-        lorahub(base, [mixed, mixed], [examples(base, 2, 0)] * 2, seeds=[0])
+        lorahub(base, [mixed, mixed], [some_examples(base, 2, 0)] * 2, seeds=[0])
     with pytest.raises(BaseError, match="not in this base"):
-        lorahub(base, [Stack.of([random_adapter({"x.q_proj": (8, 8)}, 2)])], [examples(base, 2, 0)], seeds=[0])
+        lorahub(base, [Stack.of([random_adapter({"x.q_proj": (8, 8)}, 2)])], [some_examples(base, 2, 0)], seeds=[0])
 
 
 def test_by_name_through_adapt(base, mixed):
