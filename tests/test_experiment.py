@@ -193,7 +193,7 @@ def test_columns(base, pool, tasks):
     table = compare(base, pool, tasks[:2], [FAMILIES[3], FAMILIES[6]], baselines=BASELINES[:1])
     facts = table.iloc[0]
     assert {c: facts[c] for c in ("task", "kind", "operation", "domain", "format")} == {"task": "one", "kind": "own", "operation": "x", "domain": "d", "format": "f"}  # fmt: skip
-    assert table["operation"].tolist() == ["x", ""] * 5
+    assert table["operation"].tolist() == ["x", "two"] * 5
     assert set(table["n_train"]) == {6}
     assert set(table["n_validation"]) == {4}
     assert set(table["n_test"]) == {8}

@@ -207,7 +207,8 @@ def _row(key: str, base: Base, pool: Pool, case: Case, recipe: Recipe, outcome: 
     return {
         "key": key,
         "task": task.name,
-        **{name: labels.get(name, "") for name in ("kind", "operation", "domain", "format")},
+        "operation": labels.get("operation", task.name),  # intervals are clustered by it
+        **{name: labels.get(name, "") for name in ("kind", "domain", "format")},
         "recipe": recipe.label,
         "method": recipe.method,
         "select": recipe.select,
