@@ -112,34 +112,40 @@ def _sound(shapes: dict[str, tuple[int, int]], base: str, generator: torch.Gener
 
 @broken("finite")
 def nan_value(d: Draft) -> None:
+    """One NaN in a B."""
     d.tensors[d.keys("B")[0]][0, 0] = math.nan
 
 
 @broken("finite")
 def infinite_value(d: Draft) -> None:
+    """One infinity in an A."""
     d.tensors[d.keys("A")[-1]][-1, -1] = -math.inf
 
 
 @broken("finite")
 def overflow_in_float64(d: Draft) -> None:
+    """Values that fp64 holds and fp32 does not."""
     key = d.keys("A")[0]
     d.tensors[key] = d.tensors[key].double() * 1e200
 
 
 @broken("zero-norm")
 def never_trained(d: Draft) -> None:
+    """Every B zero, as at the start of training."""
     for key in d.keys("B"):
         d.tensors[key].zero_()
 
 
 @broken("large-norm")
 def exploded(d: Draft) -> None:
+    """A norm far above 1000."""
     for key in d.keys("B"):
         d.tensors[key] *= 1e4
 
 
 @broken(study="small-norm")
 def faint(d: Draft) -> None:
+    """A norm below the study's limit of 1."""
     for key in d.keys("B"):
         d.tensors[key] *= 1e-3
 
