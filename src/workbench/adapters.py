@@ -49,11 +49,13 @@ class Factors:
 
     B is (d_out, r) and A (r, d_in), both fp32; the file's scaling s is folded into B and kept in `scale`, so that
     `raw_B` gives back what the file held (LoraHub's factor space and the random control's σ are defined on that).
+    An `embedding` is a linear layer on one-hot tokens: its A is (r, vocabulary), its B (width, r), as peft stores them.
     """
 
     B: Tensor
     A: Tensor
     scale: float = 1.0
+    embedding: bool = False
 
     @property
     def rank(self) -> int:

@@ -32,7 +32,8 @@ def random_like(stack: Stack, match: str = "sigma", *, seed: int) -> Stack:
         module: _random_units(units.to("cpu"), match, generator) for module, units in sorted(stack.modules.items())
     }
     names = tuple(f"random-{i}-{name}" for i, name in enumerate(stack.names))
-    return Stack(names, {module: modules[module].to(stack.device) for module in stack.modules}, stack.base)
+    infos = tuple({"config": info.get("config", {})} for info in stack.infos)
+    return Stack(names, {module: modules[module].to(stack.device) for module in stack.modules}, stack.base, infos)
 
 
 def _random_units(units: Units, match: str, generator: torch.Generator) -> Units:

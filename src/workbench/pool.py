@@ -180,6 +180,10 @@ class Pool:
             return self._keep(Adapter.load(self._folders[name], name))
         return self._kept[name]
 
+    def refused(self) -> dict[str, str]:
+        """Name → reason, of the adapters that were found and may not be used."""
+        return {name: v.reason for name, v in self._verdicts.items() if not v.accepted}
+
     def _keep(self, adapter: Adapter) -> Adapter:
         adapter = replace(adapter, base=self._written)
         size = sum(4 * (f.A.numel() + f.B.numel()) for f in adapter.modules.values())

@@ -26,12 +26,17 @@ CANONICAL = ("raw", "balanced", "svd", "outer")
 
 @dataclass(frozen=True)
 class Units:
-    """The rank-one units of one module: B (d_out, R), A (R, d_in), owner (R,) int64, scale (R,) the s folded into B."""
+    """The rank-one units of one module: B (d_out, R), A (R, d_in), owner (R,) int64, scale (R,) the s folded into B.
+
+    `embedding` says that the module looks rows up by token: d_in is the vocabulary, d_out the width (see `Factors`).
+    """
 
     B: Tensor
     A: Tensor
     owner: Tensor
     scale: Tensor
+    module: str = ""
+    embedding: bool = False
 
     def __len__(self) -> int:
         return self.A.shape[0]
@@ -46,10 +51,11 @@ class Units:
         return self[self.owner == adapter]
 
     def to(self, device: str | torch.device) -> Units:
-        return Units(self.B.to(device), self.A.to(device), self.owner.to(device), self.scale.to(device))
+        B, A, owner, scale = (t.to(device) for t in (self.B, self.A, self.owner, self.scale))
+        return replace(self, B=B, A=A, owner=owner, scale=scale)
 
     def __getitem__(self, index) -> Units:
-        return Units(self.B[:, index], self.A[index], self.owner[index], self.scale[index])
+        return replace(self, B=self.B[:, index], A=self.A[index], owner=self.owner[index], scale=self.scale[index])
 
     def ranks(self, n: int) -> Tensor:
         """(n,) number of units of each adapter; 0 where it does not have the module."""
@@ -63,14 +69,20 @@ class Units:
         """Σ_j c_j b_j a_j, dense (d_out, d_in)."""
         return (self.B if coefficients is None else self.times(coefficients)) @ self.A
 
+    def digest(self) -> bytes:
+        """Content hash (sha256) of the module's name and the units, whatever their order; owners do not count."""
+        rows = torch.cat([self.A, self.B.T], 1).to("cpu", torch.float32).contiguous().numpy()
+        return hashlib.sha256(self.module.encode() + b"".join(sorted(row.tobytes() for row in rows))).digest()
+
 
 @dataclass(frozen=True)
 class Stack:
-    """Module → `Units`, over the adapters `names` (owner indexes into them)."""
+    """Module → `Units`, over the adapters `names` (owner indexes into them); `infos` is what each says of itself."""
 
     names: tuple[str, ...]
     modules: dict[str, Units]
     base: str = ""
+    infos: tuple[Mapping, ...] = ()
 
     @classmethod
     def of(cls, adapters: Sequence[Adapter]) -> Stack:
@@ -105,6 +117,11 @@ class Stack:
                         f"{names[index]}: {module} is {got[0]}×{got[1]}, but {want[0]}×{want[1]} in {names[first_index]}; "
                         "they are of different bases"
                     )
+                if factors.embedding != first.embedding:
+                    raise AdapterError(
+                        f"{module} is an embedding in one of {names[index]} and {names[first_index]} and a linear layer in the "
+                        "other; they are of different bases"
+                    )
             owner = [torch.full((f.rank,), i) for i, f in parts[module]]
             scale = [torch.full((f.rank,), float(f.scale)) for _, f in parts[module]]
             modules[module] = Units(
@@ -112,8 +129,10 @@ class Stack:
                 torch.cat([f.A for _, f in parts[module]]),
                 torch.cat(owner).to(first.A.device),
                 torch.cat(scale).to(first.A.device),
+                module,
+                first.embedding,
             )
-        return cls(names, modules, next(iter(bases), ""))
+        return cls(names, modules, next(iter(bases), ""), tuple(adapter.info for adapter in adapters))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -147,8 +166,9 @@ class Stack:
         for module, units in self:
             own = units.of(i)
             if len(own):
-                modules[module] = Factors(own.B.contiguous(), own.A.contiguous(), float(own.scale[0]))
-        return Adapter(self.names[i], modules, self.base)
+                scale = float(own.scale[0])
+                modules[module] = Factors(own.B.contiguous(), own.A.contiguous(), scale, units.embedding)
+        return Adapter(self.names[i], modules, self.base, dict(self.infos[i]) if self.infos else {})
 
     def choose(self, which: Sequence[str | int]) -> Stack:
         """The stack of some of the adapters, in the order given."""

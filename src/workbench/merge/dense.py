@@ -21,12 +21,16 @@ __all__ = ["Dense", "truncate"]
 
 @dataclass(frozen=True)
 class Dense:
-    """A named dense update: module path in the base → ΔW (d_out, d_in). What TIES and its like return."""
+    """A named dense update: module path in the base → ΔW (d_out, d_in). What TIES and its like return.
+
+    `embeddings` names the modules that look rows up by token; their ΔW is (width, vocabulary), see `Factors`.
+    """
 
     name: str
     modules: dict[str, Tensor]
     base: str = ""
     info: dict = field(default_factory=dict)
+    embeddings: frozenset[str] = frozenset()
 
     def norm(self) -> float:
         """‖ΔW‖_F over all modules."""
@@ -53,6 +57,7 @@ class Dense:
             else:
                 svd = torch.linalg.svd(delta, full_matrices=False)
                 modules[module], error[module] = _cut(svd, _checked(rank))
+            modules[module] = replace(modules[module], embedding=module in self.embeddings)
         return Adapter(self.name, modules, self.base, {**self.info, "error": error})
 
     @contextmanager
@@ -100,7 +105,8 @@ def truncate(adapter: Adapter, rank: int | Mapping[str, int]) -> Adapter:
         if q >= factors.rank:
             modules[module], error[module] = factors, 0.0
         else:
-            modules[module], error[module] = _cut(factored_svd(factors.B, factors.A), q)
+            cut, error[module] = _cut(factored_svd(factors.B, factors.A), q)
+            modules[module] = replace(cut, embedding=factors.embedding)
     return replace(adapter, modules=modules, info={**adapter.info, "error": error})
 
 

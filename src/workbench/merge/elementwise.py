@@ -1,11 +1,27 @@
-"""Merges that look at single entries of ΔW.
+"""Merges that look at single entries of ΔW: sparsify each ΔW_i, perhaps elect a sign per entry, add up.
 
 They are run on ΔW = s B A and never on B and A apart, where the outcome would depend on how each adapter happened to be
-factored (a relative change of about 1). Dense matrices are made one adapter and module at a time.
+factored (a relative change of about 1). Dense matrices are made one adapter and module at a time, so memory is a few of
+them, however many adapters there are. The conventions, which papers and libraries do not share:
+
+- trim: per tensor. A share of the entries is a number of them, rounded; with the smallest that stays, all that equal it
+  stay, so that how ties are broken never matters.
+- weigh, then elect: the sign of Σ_i w_i x_i (`total`) or of Σ_i sign(w_i x_i) (`frequency`). peft elects before it
+  weighs, so the two agree where the weights are equal and positive.
+- where that sum is 0, no sign is elected and the entry is 0 (peft takes the positive one), so that merging −ΔW_i gives
+  minus the merge of ΔW_i.
+- divide: Σ w_i x_i over the entries that agree, by their number (`count`, as the TIES paper), by their Σ|w_i|
+  (`weights`), or not at all (`none`: task arithmetic). An entry of 0 agrees with nothing and is not counted.
+- rescale: what is dropped at random is made up for by 1 / (probability of staying), so that the expectation is ΔW.
+- masks: the seed of adapter i's mask hashes (seed, module, the units of ΔW_i up to sign), so the order of the adapters
+  does not matter, and copies get the same mask. The draw is the device's own: a GPU's differs from a processor's.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -14,10 +30,28 @@ from torch import Tensor
 from workbench.merge.registry import Share, method
 from workbench.stack import Units
 
-__all__ = ["ties"]
+__all__ = [
+    "Divide",
+    "Elect",
+    "breadcrumbs",
+    "consensus",
+    "dare_linear",
+    "dare_ties",
+    "della",
+    "drop",
+    "magnitude_prune",
+    "mask_seed",
+    "ties",
+    "trim",
+]
+
+Elect = Literal["total", "frequency", "none"]
+Divide = Literal["count", "weights", "none"]
+Part = Callable[[int], Tensor]
+_GAUGE, _MASKED = {"units", "gauge", "scale", "order"}, {"units", "order"}
 
 
-@method("ties", paper="https://arxiv.org/abs/2306.01708", invariances={"units", "gauge", "scale", "order"}, dense=True)
+@method("ties", paper="https://arxiv.org/abs/2306.01708", invariances=_GAUGE, dense=True)
 def ties(
     units: Units,
     weights: Tensor,
@@ -26,44 +60,189 @@ def ties(
     elect: Literal["total", "frequency"] = "total",
     divide: Literal["count", "weights"] = "count",
 ) -> Tensor:
-    """Trim, elect a sign, and average the entries that agree with it (TIES, §3), with these conventions:
+    """TIES (§3): keep the share `density` of largest magnitude, elect a sign, average the entries that agree with it."""
+    return consensus(trimmed(deltas(units), density), present(units, weights), weights, elect=elect, divide=divide)
 
-    - trim per tensor: of each ΔW_i the round(density · entries) largest by magnitude stay (at least one where density
-      is not 0), and with the smallest of them all that equal it;
-    - weight, then elect: the sign of Σ_i w_i x_i (`total`) or of Σ_i sign(w_i x_i) (`frequency`). peft elects before it
-      weights, so the two agree where the weights are equal and positive;
-    - where that sum is 0, no sign is elected and the entry is 0 (peft takes the positive one), so that merging −ΔW_i
-      gives minus the merge of ΔW_i;
-    - divide Σ w_i x_i over the agreeing entries by their number (`count`, as the paper) or by their Σ|w_i| (`weights`).
-      An entry of 0 agrees with nothing.
 
-    Two passes over the adapters; memory is a few dense matrices, however many adapters there are.
+@method("magnitude_prune", paper="https://arxiv.org/abs/2306.01708", invariances=_GAUGE, dense=True)
+def magnitude_prune(units: Units, weights: Tensor, *, density: Share = 0.2) -> Tensor:
+    """Σ_i w_i ΔW_i, of each the share `density` of largest magnitude (TIES' trimming without its election; as in peft)."""
+    return consensus(trimmed(deltas(units), density), present(units, weights), weights)
+
+
+@method("dare_linear", paper="https://arxiv.org/abs/2311.03099", invariances=_MASKED, dense=True)
+def dare_linear(units: Units, weights: Tensor, *, density: Share = 0.2, rescale: bool = True, seed: int = 0) -> Tensor:
+    """DARE (§3.1): each entry stays with probability `density`, over which it is divided; then Σ_i w_i ΔW_i."""
+    part = dropped(deltas(units), seeds(units, seed), density, rescale)
+    return consensus(part, present(units, weights), weights)
+
+
+@method("dare_ties", paper="https://arxiv.org/abs/2311.03099", invariances=_MASKED, dense=True)
+def dare_ties(
+    units: Units,
+    weights: Tensor,
+    *,
+    density: Share = 0.2,
+    rescale: bool = True,
+    elect: Literal["total", "frequency"] = "total",
+    divide: Divide = "count",
+    seed: int = 0,
+) -> Tensor:
+    """DARE's random dropping (§3.1) in place of TIES' trimming; then TIES' election and mean of those that agree."""
+    part = dropped(deltas(units), seeds(units, seed), density, rescale)
+    return consensus(part, present(units, weights), weights, elect=elect, divide=divide)
+
+
+@method("della", paper="https://arxiv.org/abs/2406.11617", invariances=_MASKED, dense=True)
+def della(
+    units: Units,
+    weights: Tensor,
+    *,
+    density: Share = 0.2,
+    window: Share = 0.2,
+    rescale: bool = True,
+    elect: Elect = "total",
+    divide: Divide = "count",
+    seed: int = 0,
+) -> Tensor:
+    """DELLA (§3): as `dare_ties`, with larger entries more likely to stay.
+
+    The probability rises by rank of magnitude within each row, evenly from density − window/2 to density + window/2; the
+    window is narrowed where it would leave [0, 1]. With `elect="none"` and `divide="none"` it is DELLA without election.
     """
-    present = [i for i in units.owner.unique().tolist() if weights[i] != 0]
-    limits: dict[int, Tensor] = {}
+    window = min(window, 2 * density, 2 * (1 - density))
+    found = seeds(units, seed)
 
-    def weighted(i: int) -> Tensor:
+    def part(i: int) -> Tensor:
+        delta = units.of(i).delta()
+        places = delta.abs().argsort(1).argsort(1).to(delta)
+        chance = density + window * (places / max(1, delta.shape[1] - 1) - 0.5)
+        return drop(delta, chance, rescale, found[i])
+
+    return consensus(part, present(units, weights), weights, elect=elect, divide=divide)
+
+
+@method("breadcrumbs", paper="https://arxiv.org/abs/2312.06795", invariances=_GAUGE, dense=True)
+def breadcrumbs(
+    units: Units,
+    weights: Tensor,
+    *,
+    density: Share = 0.2,
+    outliers: Share = 0.01,
+    elect: Elect = "none",
+    divide: Divide = "none",
+) -> Tensor:
+    """Model breadcrumbs (§3): of each ΔW_i the share `outliers` of largest magnitude is dropped, the next `density` kept.
+
+    Then Σ_i w_i ΔW_i as in the paper, or TIES' election and mean. At density 1 everything but the outliers stays.
+    """
+    limits: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def part(i: int) -> Tensor:
         delta = units.of(i).delta()
         if i not in limits:
-            limits[i] = _limit(delta, density)
-        return delta.mul_(delta.abs() >= limits[i]).mul_(weights[i])
+            limits[i] = threshold(delta, outliers), threshold(delta, min(1.0, outliers + density))
+        top, low = limits[i]
+        size = delta.abs()
+        return delta.mul_((size >= low) & (size < top))
 
-    sign = units.B.new_zeros(units.shape)
-    for i in present:
-        sign += weighted(i) if elect == "total" else weighted(i).sign_()
-    sign.sign_()
-    total, divisor = torch.zeros_like(sign), torch.zeros_like(sign)
-    for i in present:
-        x = weighted(i)
-        agrees = x * sign > 0
-        total += x.mul_(agrees)
-        divisor += agrees * (weights[i].abs() if divide == "weights" else 1.0)
-    return total / torch.where(divisor > 0, divisor, 1.0)
+    if density == 0:
+        return units.B.new_zeros(units.shape)
+    return consensus(part, present(units, weights), weights, elect=elect, divide=divide)
 
 
-def _limit(delta: Tensor, density: float) -> Tensor:
-    """The smallest magnitude that is kept."""
-    keep = max(1, round(density * delta.numel())) if density > 0 else 0
-    if not keep:
-        return delta.new_tensor(float("inf"))
-    return delta.abs().flatten().kthvalue(delta.numel() - keep + 1).values
+# The steps ----------------------------------------------------------------------------------------------------------
+
+
+def present(units: Units, weights: Tensor) -> list[int]:
+    """The adapters that have the module and a weight other than 0."""
+    return [i for i in units.owner.unique().tolist() if weights[i] != 0]
+
+
+def deltas(units: Units) -> Part:
+    """i → ΔW_i, made anew at every call."""
+    return lambda i: units.of(i).delta()
+
+
+def consensus(
+    part: Part, chosen: list[int], weights: Tensor, *, elect: Elect = "none", divide: Divide = "none"
+) -> Tensor:
+    """Σ_i w_i x_i over the entries that agree with the elected sign, divided as asked; see the module's docstring.
+
+    Args:
+        part: i → x_i, a matrix of its own at every call (it is changed in place), the same every time.
+        chosen: the adapters to merge, at least one unless all are to give 0 (then the shape is that of part(0)).
+        weights: (N,).
+    """
+    if not chosen:
+        return torch.zeros_like(part(0))
+    sign = None
+    if elect != "none":
+        for i in chosen:
+            x = part(i).mul_(weights[i])
+            x = x if elect == "total" else x.sign_()
+            sign = x if sign is None else sign.add_(x)
+        sign.sign_()
+    total = divisor = None
+    for i in chosen:
+        x = part(i).mul_(weights[i])
+        if sign is not None:
+            x.mul_(x * sign > 0)
+        if divide != "none":
+            share = (x != 0) * (weights[i].abs() if divide == "weights" else weights.new_ones(()))
+            divisor = share if divisor is None else divisor.add_(share)
+        total = x if total is None else total.add_(x)
+    return total if divisor is None else total / torch.where(divisor > 0, divisor, 1.0)
+
+
+def threshold(x: Tensor, share: float) -> Tensor:
+    """The smallest magnitude among the round(share · entries) largest, at least one; infinity where the share is 0."""
+    if share <= 0:
+        return x.new_tensor(float("inf"))
+    keep = max(1, round(share * x.numel()))
+    return x.abs().flatten().kthvalue(x.numel() - keep + 1).values
+
+
+def trim(x: Tensor, limit: Tensor) -> Tensor:
+    """Entries below the limit set to 0, in place."""
+    return x.mul_(x.abs() >= limit)
+
+
+def trimmed(part: Part, density: float) -> Part:
+    """`part` with each matrix trimmed to its share of largest entries; the thresholds are found once."""
+    limits: dict[int, Tensor] = {}
+
+    def out(i: int) -> Tensor:
+        x = part(i)
+        if i not in limits:
+            limits[i] = threshold(x, density)
+        return trim(x, limits[i])
+
+    return out
+
+
+def drop(x: Tensor, chance: Tensor | float, rescale: bool, seed: int) -> Tensor:
+    """Entries kept with their chance and, with `rescale`, divided by it; in place. A chance of 0 gives 0."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    kept = torch.rand(x.shape, generator=generator, device=x.device) < chance
+    x.mul_(kept)
+    if rescale:
+        chance = torch.as_tensor(chance, dtype=x.dtype, device=x.device)
+        x.div_(torch.where(chance > 0, chance, 1.0))
+    return x
+
+
+def dropped(part: Part, found: dict[int, int], density: float, rescale: bool) -> Part:
+    """`part` under DARE's masks."""
+    return lambda i: drop(part(i), density, rescale, found[i])
+
+
+def seeds(units: Units, seed: int) -> dict[int, int]:
+    """The seed of each adapter's mask in this module."""
+    return {i: mask_seed(seed, units.of(i)) for i in units.owner.unique().tolist()}
+
+
+def mask_seed(seed: int, own: Units) -> int:
+    """A seed from the given one, the module's name and the adapter's units, whatever their order and signs."""
+    content = replace(own, A=own.A.abs(), B=own.B.abs()).digest()  # weight −1 is to be the merge of −ΔW
+    return int.from_bytes(hashlib.sha256(f"{seed}|".encode() + content).digest()[:7], "big")

@@ -17,8 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -26,6 +28,10 @@ from workbench.adapters import Adapter, Factors
 from workbench.errors import MergeError
 from workbench.merge.dense import Dense, truncate
 from workbench.stack import Stack, Units
+
+if TYPE_CHECKING:
+    from workbench.merge.statistics import Statistics
+    from workbench.pool import Pool
 
 __all__ = ["INVARIANCES", "Count", "Method", "Option", "Range", "Share", "merge", "method", "methods"]
 
@@ -75,7 +81,11 @@ class Option:
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method. `also` maps (option, value) → invariances that hold under that setting besides."""
+    """A registered method. `also` maps (option, value) → invariances that hold under that setting besides.
+
+    `takes` is how many adapters it merges (None: any number), `needs` what it must know of each adapter's examples
+    (`workbench.merge.statistics`): "", "inputs" or "gradients".
+    """
 
     name: str
     function: Callable
@@ -87,6 +97,8 @@ class Method:
     truncates: bool = False
     notes: Callable[[Stack, Tensor, dict], list[str]] | None = None
     also: dict[tuple[str, object], frozenset[str]] = field(default_factory=dict)
+    takes: int | None = None
+    needs: str = ""
 
     def invariant(self, **options) -> frozenset[str]:
         """The invariances that hold under these options."""
@@ -123,6 +135,8 @@ def method(
     truncates: bool = False,
     notes: Callable[[Stack, Tensor, dict], list[str]] | None = None,
     also: Mapping[tuple[str, object], set[str]] | None = None,
+    takes: int | None = None,
+    needs: str = "",
 ) -> Callable[[Callable], Callable]:
     """Register a merging method: a function (units, weights, *, options) of one module.
 
@@ -137,6 +151,9 @@ def method(
         truncates: the result is cut to `rank`, and where none is given to the largest rank among the candidates.
         notes: called once before merging with (stack, weights, options); may raise, and returns remarks for the result.
         also: (option, value) → further invariances under that setting.
+        takes: exactly how many adapters (of a weight other than 0) it merges; None is any number.
+        needs: "inputs" or "gradients": the function gets, as a third positional argument, what `collect` found for each
+            adapter in this module.
 
     Raises:
         MergeError: the name is taken, or an invariance unknown.
@@ -160,7 +177,7 @@ def method(
             if parameter.kind is parameter.KEYWORD_ONLY
         }
         _METHODS[name] = Method(
-            name, function, paper, frozenset(invariances), version, dense, options, truncates, notes, also
+            name, function, paper, frozenset(invariances), version, dense, options, truncates, notes, also, takes, needs
         )
         return function
 
@@ -173,12 +190,13 @@ def methods() -> dict[str, Method]:
 
 
 def merge(
-    source: Stack | Sequence[Adapter],
+    source: Pool | Stack | Sequence[Adapter],
     method: str = "average",
     *,
     weights: Mapping[str, float] | Sequence[float] | Tensor | None = None,
     scale: float = 1.0,
     rank: int | None = None,
+    statistics: Statistics | None = None,
     name: str | None = None,
     **options,
 ) -> Adapter | Dense:
@@ -188,18 +206,21 @@ def merge(
         merge(stack, "ties", density=0.2, rank=16)          # dense, then truncated; info["error"] says at what cost
 
     Args:
-        source: a stack, or adapters of one base, of any mix of ranks and targets.
+        source: a stack, or adapters of one base, of any mix of ranks and targets; or a pool, of which all accepted
+            adapters are merged.
         method: a name in `methods()`.
         weights: one per adapter, in order or by name; any sign; None is 1 for each.
         scale: λ, which multiplies the finished update. Tune it on the validation split for every method alike.
         rank: truncate the result to this rank, by SVD.
+        statistics: what `workbench.merge.collect` found over a few of each adapter's examples, for methods that need it.
         name: of the result; such as "ties-of-10" where none is given.
         options: the method's own; `methods()[name].options` lists them.
 
     Returns:
         `Adapter`, or `Dense` for a dense method without `rank`. `info` holds method, version, options, paper,
-        sources (name → weight), report (adapter × module: rank, and whether it was used), notes, and, where truncated,
-        error (module → relative Frobenius error).
+        sources (name → weight), licences (name → what the adapter's card states), report (a table, adapter × module: rank
+        and status, "used", "weight 0", "absent" or "refused", with the reason), notes, and, where truncated, error
+        (module → relative Frobenius error).
 
     Raises:
         MergeError: an unknown method or option, a value out of its range, or values that are not finite.
@@ -212,10 +233,22 @@ def merge(
         raise MergeError(f"scale is {scale!r}, expected a finite number")
     if not _accepts(Count | None, rank):
         raise MergeError(f"rank is {rank!r}, expected {_words(Count | None)}")
+    refused = source.refused() if hasattr(source, "refused") else {}
+    if hasattr(source, "stack"):
+        source = source.stack()
     stack = source if isinstance(source, Stack) else Stack.of([source] if isinstance(source, Adapter) else source)
     if not stack.modules:
         raise MergeError(f"the {len(stack)} adapters hold no module, so there is nothing to merge")
     each = stack.weights(weights)
+    live = int((each != 0).sum())
+    if chosen.takes is not None and live not in (0, chosen.takes):
+        raise MergeError(
+            f"{method} merges {chosen.takes} adapters, got {live} with a weight other than 0; choose others"
+        )
+    if chosen.takes is not None and len(stack) < chosen.takes:
+        raise MergeError(f"{method} merges {chosen.takes} adapters, got {len(stack)}")
+    if chosen.needs:
+        _check_statistics(chosen, stack, statistics)
     notes = chosen.notes(stack, each, settings) if chosen.notes else []
     name = name or f"{method}-of-{len(stack)}"
     info = {
@@ -224,12 +257,15 @@ def merge(
         "options": {**settings, "scale": scale, "rank": rank},
         "paper": chosen.paper,
         "sources": dict(zip(stack.names, each.tolist(), strict=True)),
-        "report": _report(stack, each),
+        "licences": {one: info.get("licence", "") for one, info in zip(stack.names, stack.infos, strict=False)},
+        "config": _config(stack),
+        "report": _report(stack, each, refused),
         "notes": notes,
     }
-    found = {module: _run(chosen, stack, module, units, each, settings, scale) for module, units in stack}
+    found = {module: _run(chosen, stack, module, units, each, settings, scale, statistics) for module, units in stack}
     if chosen.dense:
-        result = Dense(name, found, stack.base, info)
+        embeddings = frozenset(module for module, units in stack if units.embedding)
+        result = Dense(name, found, stack.base, info, embeddings)
         return result if rank is None else result.truncate(rank)
     result = Adapter(name, found, stack.base, info)
     if rank is None and not chosen.truncates:
@@ -240,7 +276,16 @@ def merge(
 merge.methods = methods
 
 
-def _run(chosen: Method, stack: Stack, module: str, units: Units, weights: Tensor, settings: dict, scale: float):
+def _run(
+    chosen: Method,
+    stack: Stack,
+    module: str,
+    units: Units,
+    weights: Tensor,
+    settings: dict,
+    scale: float,
+    statistics: Statistics | None,
+) -> Tensor | Factors:
     """One module's result, scaled and in main memory."""
     dtype = torch.promote_types(units.B.dtype, torch.float32)  # a sum in bf16 stalls (256 + 1 = 256)
     units = replace(units, B=units.B.to(dtype), A=units.A.to(dtype))
@@ -248,28 +293,59 @@ def _run(chosen: Method, stack: Stack, module: str, units: Units, weights: Tenso
     if not finite.all():
         culprits = ", ".join(stack.names[i] for i in units.owner[~finite].unique().tolist())
         raise MergeError(f"{module} holds values that are not finite in {culprits}; leave such adapters out")
-    result = chosen.function(units, weights.to(units.B), **settings)
+    known = (statistics.of(module, stack.names, units.B),) if chosen.needs else ()
+    result = chosen.function(units, weights.to(units.B), *known, **settings)
     if not all(bool(torch.isfinite(part).all()) for part in ((result,) if chosen.dense else result)):
         raise MergeError(f"{chosen.name}: the result for {module} overflows; lower the weights")
     if chosen.dense:
         return (result * scale).cpu()
     B, A = result
-    return Factors((B * scale).cpu().contiguous(), A.cpu().contiguous())
+    return Factors((B * scale).cpu().contiguous(), A.cpu().contiguous(), embedding=units.embedding)
 
 
-def _report(stack: Stack, weights: Tensor) -> list[dict]:
-    ranks, given = stack.ranks().tolist(), weights.tolist()
-    return [
+def _report(stack: Stack, weights: Tensor, refused: Mapping[str, str]) -> pd.DataFrame:
+    ranks = stack.ranks().numpy(force=True)
+    n, m = ranks.shape
+    absent, unused = ranks == 0, (weights.numpy() == 0)[:, None].repeat(m, 1)
+    table = pd.DataFrame(
         {
-            "adapter": name,
-            "module": module,
-            "rank": ranks[i][m],
-            "weight": given[i],
-            "status": "absent" if not ranks[i][m] else "used" if given[i] else "weight 0",
+            "adapter": np.repeat(np.array(stack.names, dtype=object), m),
+            "module": np.tile(np.array(list(stack.modules), dtype=object), n),
+            "rank": ranks.ravel(),
+            "weight": weights.double().numpy().repeat(m),
+            "status": np.where(absent, "absent", np.where(unused, "weight 0", "used")).ravel(),
+            "reason": "",
         }
-        for i, name in enumerate(stack.names)
-        for m, module in enumerate(stack.modules)
-    ]
+    )
+    left_out = pd.DataFrame(
+        [
+            {"adapter": name, "module": "", "rank": 0, "weight": 0.0, "status": "refused", "reason": reason}
+            for name, reason in refused.items()
+        ],
+        columns=table.columns,
+    )
+    return pd.concat([table, left_out], ignore_index=True) if refused else table
+
+
+def _config(stack: Stack) -> dict:
+    """What the result's configuration must carry over from its sources'."""
+    configs = [info["config"] for info in stack.infos if info.get("config")]
+    kinds = {config.get("task_type") for config in configs} - {None}
+    out = {"fan_in_fan_out": any(config.get("fan_in_fan_out") for config in configs)}
+    return out | ({"task_type": kinds.pop()} if len(kinds) == 1 else {})
+
+
+def _check_statistics(chosen: Method, stack: Stack, statistics: Statistics | None) -> None:
+    if statistics is None:
+        raise MergeError(
+            f"{chosen.name} needs {chosen.needs} of each adapter's examples; pass "
+            f"statistics=workbench.merge.collect(base, adapters, examples{', gradients=True' * (chosen.needs == 'gradients')})"
+        )
+    lost = [name for name in stack.names if name not in statistics.names]
+    if lost:
+        raise MergeError(f"the statistics lack {len(lost)} of {len(stack)} adapters, such as {lost[0]!r}")
+    if chosen.needs == "gradients" and not statistics.gradients:
+        raise MergeError(f"{chosen.name} needs gradients, which these statistics lack; pass gradients=True to collect")
 
 
 def _near(name: str, names) -> str:
