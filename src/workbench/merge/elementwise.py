@@ -27,7 +27,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from workbench.merge.registry import Share, method
+from workbench.merge.options import Share
+from workbench.merge.registry import method
 from workbench.stack import Units
 
 __all__ = [
@@ -110,13 +111,14 @@ def della(
     The probability rises by rank of magnitude within each row, evenly from density − window/2 to density + window/2; the
     window is narrowed where it would leave [0, 1]. With `elect="none"` and `divide="none"` it is DELLA without election.
     """
-    window = min(window, 2 * density, 2 * (1 - density))
+    columns = units.shape[1]
+    window = min(window, 2 * density, 2 * (1 - density)) if columns > 1 else 0.0
     found = seeds(units, seed)
 
     def part(i: int) -> Tensor:
         delta = units.of(i).delta()
-        places = delta.abs().argsort(1).argsort(1).to(delta)
-        chance = density + window * (places / max(1, delta.shape[1] - 1) - 0.5)
+        rising = torch.linspace(-0.5, 0.5, columns, dtype=delta.dtype, device=delta.device) * window + density
+        chance = torch.empty_like(delta).scatter_(1, delta.abs().argsort(1), rising.expand_as(delta))
         return drop(delta, chance, rescale, found[i])
 
     return consensus(part, present(units, weights), weights, elect=elect, divide=divide)

@@ -10,14 +10,10 @@ checked against the signature's hints, the scale, truncation, provenance) happen
 
 from __future__ import annotations
 
-import difflib
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral, Real
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, get_type_hints
 
 import numpy as np
 import pandas as pd
@@ -27,13 +23,14 @@ from torch import Tensor
 from workbench.adapters import Adapter, Factors
 from workbench.errors import MergeError
 from workbench.merge.dense import Dense, truncate
+from workbench.merge.options import Count, Option, accepts, near, words
 from workbench.stack import Stack, Units
 
 if TYPE_CHECKING:
     from workbench.merge.statistics import Statistics
     from workbench.pool import Pool
 
-__all__ = ["INVARIANCES", "Count", "Method", "Option", "Range", "Share", "merge", "method", "methods"]
+__all__ = ["INVARIANCES", "Method", "merge", "method", "methods"]
 
 # What a method may declare; a property test holds each to what it declares. All are meant up to rounding.
 INVARIANCES = {
@@ -43,40 +40,6 @@ INVARIANCES = {
     "order": "the order of the adapters (and their weights) changes nothing",
     "linear": "the update is linear in the weights",
 }
-
-
-@dataclass(frozen=True)
-class Range:
-    """Limits of a number, both included; None is no limit."""
-
-    low: float | None = None
-    high: float | None = None
-
-    def __contains__(self, value) -> bool:
-        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
-
-    def __str__(self) -> str:
-        if self.high is None:
-            return f"≥ {self.low}"
-        return f"≤ {self.high}" if self.low is None else f"in [{self.low}, {self.high}]"
-
-
-Share = Annotated[float, Range(0, 1)]
-Count = Annotated[int, Range(1)]
-
-
-@dataclass(frozen=True)
-class Option:
-    """One option of a method: its default, and the type hint that values are held to."""
-
-    default: object
-    hint: object = object
-
-    def accepts(self, value) -> bool:
-        return _accepts(self.hint, value)
-
-    def __str__(self) -> str:
-        return _words(self.hint)
 
 
 @dataclass(frozen=True)
@@ -115,7 +78,7 @@ class Method:
             if name not in self.options:
                 accepted = "; ".join(f"{key}: {option} ({option.default!r})" for key, option in self.options.items())
                 raise MergeError(
-                    f"{self.name} has no option {name!r}{_near(name, self.options)}; it takes {accepted or 'none'}"
+                    f"{self.name} has no option {name!r}{near(name, self.options)}; it takes {accepted or 'none'}"
                 )
             if not self.options[name].accepts(value):
                 raise MergeError(f"{self.name}: {name} is {value!r}, expected {self.options[name]}")
@@ -226,13 +189,13 @@ def merge(
         MergeError: an unknown method or option, a value out of its range, or values that are not finite.
     """
     if method not in _METHODS:
-        raise MergeError(f"no merging method {method!r}{_near(method, _METHODS)}; choose one of {', '.join(_METHODS)}")
+        raise MergeError(f"no merging method {method!r}{near(method, _METHODS)}; choose one of {', '.join(_METHODS)}")
     chosen = _METHODS[method]
     settings = chosen.settings(options)
-    if not _accepts(float, scale):
+    if not accepts(float, scale):
         raise MergeError(f"scale is {scale!r}, expected a finite number")
-    if not _accepts(Count | None, rank):
-        raise MergeError(f"rank is {rank!r}, expected {_words(Count | None)}")
+    if not accepts(Count | None, rank):
+        raise MergeError(f"rank is {rank!r}, expected {words(Count | None)}")
     refused = source.refused() if hasattr(source, "refused") else {}
     if hasattr(source, "stack"):
         source = source.stack()
@@ -346,35 +309,3 @@ def _check_statistics(chosen: Method, stack: Stack, statistics: Statistics | Non
         raise MergeError(f"the statistics lack {len(lost)} of {len(stack)} adapters, such as {lost[0]!r}")
     if chosen.needs == "gradients" and not statistics.gradients:
         raise MergeError(f"{chosen.name} needs gradients, which these statistics lack; pass gradients=True to collect")
-
-
-def _near(name: str, names) -> str:
-    near = difflib.get_close_matches(str(name), list(names), 1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-def _accepts(hint, value) -> bool:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        return _accepts(arguments[0], value) and value in arguments[1]
-    if origin in (Union, UnionType):
-        return any(_accepts(argument, value) for argument in arguments)
-    if origin is Literal:
-        return any(type(value) is type(argument) and value == argument for argument in arguments)
-    if hint is int:
-        return isinstance(value, Integral) and not isinstance(value, bool)
-    if hint is float:
-        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, hint)
-
-
-def _words(hint) -> str:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        return f"{_words(arguments[0])} {arguments[1]}"
-    if origin in (Union, UnionType):
-        return " or ".join(_words(argument) for argument in arguments)
-    if origin is Literal:
-        return "one of " + ", ".join(map(repr, arguments))
-    names = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text", NoneType: "None"}
-    return names.get(hint, "any value")
