@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from workbench.merge.statistics import Statistics
     from workbench.pool import Pool
 
-__all__ = ["INVARIANCES", "Method", "merge", "method", "methods"]
+__all__ = ["INVARIANCES", "Method", "describe", "merge", "method", "methods"]
 
 # What a method may declare; a property test holds each to what it declares. All are meant up to rounding.
 INVARIANCES = {
@@ -152,6 +152,37 @@ def methods() -> dict[str, Method]:
     return dict(_METHODS)
 
 
+def describe(name: str | None = None) -> list[dict]:
+    """What there is to know about each method, or one, in plain values: what `workbench methods` prints.
+
+    Raises:
+        MergeError: an unknown name.
+    """
+    return [_described(record) for record in ([_named(name)] if name else _METHODS.values())]
+
+
+def _described(record: Method) -> dict:
+    text = inspect.getdoc(record.function) or ""
+    return {
+        "name": record.name,
+        "summary": text.partition("\n")[0],
+        "result": "dense" if record.dense else "adapter",
+        "takes": f"{record.takes} adapters" if record.takes else "",
+        "needs": record.needs,
+        "options": {key: {"default": o.default, "accepts": str(o)} for key, o in record.options.items()},
+        "invariances": [word for word in INVARIANCES if word in record.invariant()],
+        "paper": record.paper,
+        "version": record.version,
+        "documentation": text,
+    }
+
+
+def _named(name: str) -> Method:
+    if name not in _METHODS:
+        raise MergeError(f"no merging method {name!r}{near(name, _METHODS)}; choose one of {', '.join(_METHODS)}")
+    return _METHODS[name]
+
+
 def merge(
     source: Pool | Stack | Sequence[Adapter],
     method: str = "average",
@@ -188,9 +219,7 @@ def merge(
     Raises:
         MergeError: an unknown method or option, a value out of its range, or values that are not finite.
     """
-    if method not in _METHODS:
-        raise MergeError(f"no merging method {method!r}{near(method, _METHODS)}; choose one of {', '.join(_METHODS)}")
-    chosen = _METHODS[method]
+    chosen = _named(method)
     settings = chosen.settings(options)
     if not accepts(float, scale):
         raise MergeError(f"scale is {scale!r}, expected a finite number")
@@ -256,7 +285,7 @@ def _run(
     if not finite.all():
         culprits = ", ".join(stack.names[i] for i in units.owner[~finite].unique().tolist())
         raise MergeError(f"{module} holds values that are not finite in {culprits}; leave such adapters out")
-    known = (statistics.of(module, stack.names, units.B),) if chosen.needs else ()
+    known = (statistics.of(units, stack.names),) if chosen.needs else ()
     result = chosen.function(units, weights.to(units.B), *known, **settings)
     if not all(bool(torch.isfinite(part).all()) for part in ((result,) if chosen.dense else result)):
         raise MergeError(f"{chosen.name}: the result for {module} overflows; lower the weights")
