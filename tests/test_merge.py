@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import math
 from dataclasses import replace
 
@@ -27,6 +28,7 @@ from workbench.adapters import Adapter, Factors
 from workbench.errors import AdapterError, BaseError, MergeError, SelectionError
 from workbench.merge import INVARIANCES, Count, Dense, Share, merge, method, methods, truncate
 from workbench.merge import registry as registry_under_test
+from workbench.pool import Pool
 from workbench.stack import Stack
 
 # What a method takes and needs ---------------------------------------------------------------------------------------
@@ -548,6 +550,38 @@ def test_the_result_says_what_it_was_made_of(tmp_path):
     assert "`average`" in card
     assert "| a1 | 2 |" in card
     assert update.info["paper"] in card
+
+
+def test_a_pool_is_merged_whole_and_its_refused_adapters_are_reported(base, tmp_path):
+    for i in range(2):
+        random_adapter(base, 2, i).save(tmp_path / f"a{i}")
+    bad = random_adapter(base, 2, 2).save(tmp_path / "dora")
+    config = json.loads((bad / "adapter_config.json").read_text(encoding="utf-8"))
+    (bad / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}), encoding="utf-8")
+    opened = Pool.open(tmp_path)
+    update = merge(opened, "average")
+    assert gap(update, merge([opened.adapter("a0"), opened.adapter("a1")], "average")) == 0
+    last = update.info["report"].iloc[-1]
+    assert (last.adapter, last.status) == ("dora", "refused")
+    assert "DoRA" in last.reason
+    assert set(update.info["report"].status) == {"used", "refused"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(methods()))
+def test_the_whole_bundled_pool_merges_by_every_method(name):
+    opened = Pool.open("nano")
+    stack = opened.stack()
+    if methods()[name].takes:
+        stack = stack.choose(stack.names[: methods()[name].takes])
+    statistics = None
+    if methods()[name].needs:
+        from helpers import some_statistics
+
+        statistics = some_statistics(stack, gradients=methods()[name].needs == "gradients")
+    update = merge(stack, name, statistics=statistics)
+    assert set(update.modules) == set(stack.modules)
+    assert 0 < update.norm() < math.inf
 
 
 def test_merging_leaves_its_sources_alone():
