@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import random
@@ -18,8 +19,10 @@ from workbench.adapters import Adapter, Factors
 from workbench.base import Base
 from workbench.compose import compose, grouped
 from workbench.evaluate import Encoded, encode
+from workbench.merge.statistics import Rows, Statistics
 from workbench.nano.forge import PRESETS, new_model
 from workbench.nano.shelf import make_tokenizer
+from workbench.stack import Stack
 
 SENTENCES = (
     "the cat sat on the mat and the dog sat by the door",
@@ -54,6 +57,40 @@ def tiny_gpt2() -> Base:
     size = {"n_positions": 256, "n_embd": 32, "n_layer": 2, "n_head": 4}
     config = GPT2Config(vocab_size=len(tokenizer), **size, bos_token_id=None, eos_token_id=stop, pad_token_id=0)
     return Base(GPT2LMHeadModel(config), tokenizer, "tiny-gpt2")
+
+
+def _tiny(model_class: str, config_class: str, tokenizer, spread: float, **config) -> nn.Module:
+    """A random model of transformers from its configuration, its matrices multiplied by `spread`, its biases not zero."""
+    import transformers
+
+    torch.manual_seed(0)
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(vocab_size=len(tokenizer), **config))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 2:
+                p.mul_(spread)
+            elif name.endswith("bias"):
+                p.normal_()
+    return model
+
+
+def tiny_t5() -> Base:
+    """A T5 of 2 + 2 layers, hidden 32, feed-forward 48 and 4 heads of 6, so that q is 24×32 and o 32×24; tied as T5 is."""
+    tokenizer = make_tokenizer()
+    size = {"d_model": 32, "d_kv": 6, "num_heads": 4, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2}
+    special = {"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": tokenizer.eos_token_id}
+    model = _tiny("T5ForConditionalGeneration", "T5Config", tokenizer, 1.0, **size, **special)
+    return Base(model, tokenizer, "tiny-t5")
+
+
+def tiny_causal(kind: str, *, tied: bool = False, spread: float = 4.0) -> Base:
+    """A "Llama", "Mistral", "Qwen2" (q, k and v with a bias), "Qwen3" or "Gemma3" (scaled embedding) of 2 layers."""
+    tokenizer = make_tokenizer()
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    more = {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "tie_word_embeddings": tied}
+    names = f"{kind}ForCausalLM", f"{kind}{'Text' * (kind == 'Gemma3')}Config"
+    return Base(_tiny(*names, tokenizer, spread, **size, **special, **more), tokenizer, f"tiny-{kind.lower()}")
 
 
 def worded_base(kind: str, seed: int = 0, spread: float = 6.0) -> Base:
@@ -139,9 +176,10 @@ def random_adapter(
 
 @contextmanager
 def peft_s_own_warnings() -> Iterator[None]:
-    """peft 0.21 asks transformers 5 for a property under its old name; that is all that is let pass."""
+    """peft 0.21 asks transformers 5 for a property under its old name, and warns of every tied layer; no more is let pass."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True` and a tied layer is part of")
         yield
 
 
@@ -149,8 +187,9 @@ def peft_model(base: Base, seed: int = 0, size: float = 0.1, **config) -> nn.Mod
     """A copy of the base wrapped by plain peft, its factors random (B too); `config` goes to LoraConfig."""
     from peft import LoraConfig, get_peft_model
 
+    task_type = "SEQ_2_SEQ_LM" if base.model.config.is_encoder_decoder else "CAUSAL_LM"
     with peft_s_own_warnings():
-        model = get_peft_model(copy.deepcopy(base.model), LoraConfig(task_type="CAUSAL_LM", **config)).eval()
+        model = get_peft_model(copy.deepcopy(base.model), LoraConfig(**{"task_type": task_type} | config)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -194,30 +233,62 @@ def some_examples(base: Base, n: int, seed: int) -> list[Encoded]:
     return [encode(base, word(14), word(6)) for _ in range(n)]
 
 
+def some_statistics(
+    adapters: Stack | Sequence[Adapter], seed: int = 0, *, gradients: bool = True, tokens: int = 12
+) -> Statistics:
+    """Random inputs (and gradients, of 3 examples) at every module of the adapters, drawn by each one's name."""
+    stack = adapters if isinstance(adapters, Stack) else Stack.of(adapters)
+    rows: dict[str, dict[str, Rows]] = {name: {} for name in stack.names}
+    for name in stack.names:
+        for module, units in stack:
+            d_out, d_in = units.shape
+            digest = hashlib.sha256(f"{seed}|{name}|{module}".encode()).digest()
+            g = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            draw = {"generator": g, "dtype": torch.promote_types(units.A.dtype, torch.float32)}
+            ids = torch.randint(d_in, (tokens,), generator=g)
+            x, back = torch.randn(tokens, d_in, **draw), torch.randn(tokens, d_out, **draw)
+            example = torch.arange(tokens) % 3
+            kept = (back, example) if gradients else (None, None)
+            rows[name][module] = Rows(ids if units.embedding else x, *kept, examples=3)
+    return Statistics(rows, gradients)
+
+
 def peft_logits(base: Base, folder: Path, ids: Tensor) -> Tensor:
     """Logits of a copy of the base with a folder loaded by plain peft."""
     from peft import PeftModel
 
     with peft_s_own_warnings():
         model = PeftModel.from_pretrained(copy.deepcopy(base.model), str(folder)).eval()
-    return model(input_ids=ids).logits
+    return logits_of(model, ids)
 
 
 @torch.no_grad()
 def hook_logits(base: Base, adapter: Adapter, ids: Tensor) -> Tensor:
     """Logits of the base with one adapter at weight 1, through `compose`."""
     with compose(base.model, grouped([adapter])):
-        return base.model(input_ids=ids).logits
+        return logits_of(base.model, ids)
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits over ids (rows, T); the decoder of an encoder–decoder reads the same ids backwards."""
+    if model.config.is_encoder_decoder:
+        return model(input_ids=ids, decoder_input_ids=ids.flip(1)).logits
+    return model(input_ids=ids).logits
 
 
 def dense_model(base: Base, deltas: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of the base with ΔW (d_out, d_in) added to the weights themselves: the oracle for every composition."""
+    """A copy of the base with ΔW (d_out, d_in) added to the weights themselves: the oracle for every composition.
+
+    A tied weight is cloned first, so that only the module named changes.
+    """
     model = copy.deepcopy(base.model)
     layers = dict(model.named_modules())
     with torch.no_grad():
         for module, delta in deltas.items():
-            weight = layers[module].weight
-            weight += delta.to(weight) if isinstance(layers[module], nn.Linear) else delta.T.to(weight)
+            layer = layers[module]
+            delta = delta if isinstance(layer, nn.Linear) else delta.T
+            layer.weight = nn.Parameter(layer.weight + delta.to(layer.weight), requires_grad=False)
     return model
 
 

@@ -94,6 +94,17 @@ def scored(base, model, task, split):
 # Recipes
 
 
+def test_an_option_that_is_called_like_an_argument_goes_into_options(base, pool):
+    recipe = Recipe("lego", k=3, options={"k": 2}, seed=1)
+    assert (recipe.k, recipe.options) == (3, (("k", 2), ("seed", 1)))
+    assert recipe.against().options == recipe.options
+    assert recipe.label == "lego, random 3, k=2, seed=1"
+    place = runs.Workplace(base, pool)
+    assert place.merged(recipe, pool.stack(pool.names[:3])).rank == 2
+    with pytest.raises(MergeError, match="k is 0"):
+        Recipe("lego", k=3, options={"k": 0})
+
+
 def test_recipes_are_values():
     one = Recipe("ties", select="evaluation", k=5, density=0.3, elect="frequency")
     same = Recipe("ties", k=5, select="evaluation", elect="frequency", density=0.3)
@@ -149,7 +160,7 @@ def test_versions():
     [
         (MergeError, "no method 'tie'; did you mean ties", {"method": "tie"}),
         (MergeError, "no method 'new adaptor'; did you mean new adapter", {"method": "new adaptor"}),
-        (MergeError, "no method 'qqq'; there are sum, average", {"method": "qqq"}),
+        (MergeError, "no method 'qqq'; there are sum, cat, average", {"method": "qqq"}),
         (MergeError, "random control 'sigm' is unknown; choose one of sigma", {"method": "ties", "control": "sigm"}),
         (SelectionError, "no selection method 'evaluaton'; did you mean 'evaluation'", {"method": "ties", "select": "evaluaton"}),
         (MergeError, r"ties has no option 'densty' \(did you mean 'density'\?\)", {"method": "ties", "densty": 0.2}),

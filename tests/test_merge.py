@@ -115,8 +115,9 @@ def test_zero_weights_give_a_zero_update_that_can_be_saved(tmp_path):
 ZERO = Adapter(
     "zero", {m: Factors(torch.zeros(o, 2).double(), torch.zeros(2, i).double()) for m, (o, i) in SHAPES.items()}
 )
-# A zero adapter is counted by an average, shares out the directions of tsv and iso_cts, and is a centroid to lego.
-COUNTED = {"average", "svd", "tsv", "iso_cts", "slerp", "lego", "regmean", "fisher", "core"}
+# A zero adapter is counted by an average, shares out the directions of tsv and iso_cts, is a centroid to lego, and makes
+# the basis of core space larger, where thresholds are shares and masks are drawn.
+COUNTED = {"average", "svd", "tsv", "iso_cts", "slerp", "lego", "regmean", "fisher", "core", "core_dare"}
 
 
 def test_a_zero_adapter_adds_nothing_where_nothing_is_counted():

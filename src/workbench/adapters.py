@@ -14,33 +14,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from workbench.card import model_card
 from workbench.errors import AdapterError
+from workbench.keys import layout, locate, tensor_names
+from workbench.licences import stated
+from workbench.plain import CONFIG, WEIGHTS, read_config, scaling, toilsome
 
-__all__ = ["Adapter", "Factors", "read_config", "scaling"]
+__all__ = ["CONFIG", "WEIGHTS", "Adapter", "Factors", "read_config", "scaling"]
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
-# Initialisations that subtract something from the base's own weights (peft docs, LoraConfig.init_lora_weights):
-# without that altered base, s·B·A alone is not the fine-tuned model.
-_ALTERING = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
-# Settings of LoRA variants that compute something else, or train more, than s·B·A.
-_VARIANTS = (
-    "layer_replication",
-    "lora_bias",
-    "trainable_token_indices",
-    "target_parameters",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-)
+# peft's task types under which it adds no head of its own, which a plain LoRA could not bring along.
+_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 
 
 @dataclass(frozen=True)
@@ -70,71 +57,6 @@ class Factors:
         return self.B @ self.A
 
 
-def scaling(config: Mapping, module: str, rank: int) -> float:
-    """The factor s that peft puts before B A for one module: α/r, or α/√r with rslora; α from alpha_pattern."""
-    alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
-def read_config(folder: str | Path) -> dict:
-    """Read and check `adapter_config.json`.
-
-    Raises:
-        AdapterError: the folder or file is missing, is not JSON, or asks for something that is not plain LoRA.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise AdapterError(f"{folder}: expected an adapter folder, found {'a file' if folder.exists() else 'nothing'}")
-    path = folder / CONFIG
-    if not path.is_file():
-        raise AdapterError(f"{folder.name}: no {CONFIG}; a PEFT folder holds {CONFIG} and {WEIGHTS}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{folder.name}: {CONFIG} is not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"{folder.name}: {CONFIG} holds a {type(config).__name__}, expected an object")
-    for reason in _not_plain(config):
-        raise AdapterError(f"{folder.name}: {reason}; only a plain LoRA is ΔW = s·B·A and can be merged")
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise AdapterError(f"{folder.name}: alpha_pattern is {patterns!r}, expected an object of pattern: α")
-    alphas = {"lora_alpha": config.get("lora_alpha", 8)}
-    alphas |= {f"alpha_pattern of {pattern}": alpha for pattern, alpha in patterns.items()}
-    for where, alpha in alphas.items():
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < abs(alpha) < 1e30:
-            raise AdapterError(f"{folder.name}: {where} is {alpha!r}, expected a finite number other than 0")
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise AdapterError(
-                f"{folder.name}: alpha_pattern {pattern!r} is no regular expression ({error})"
-            ) from error
-    return config
-
-
-def _not_plain(config: Mapping):
-    if config.get("peft_type") != "LORA":
-        yield f"peft_type is {config.get('peft_type')!r}, expected 'LORA'"
-    if config.get("use_dora"):
-        yield "use_dora is set (DoRA also trains a magnitude)"
-    if config.get("modules_to_save"):
-        yield f"modules_to_save = {config['modules_to_save']} (whole layers beside the LoRA)"
-    if config.get("bias", "none") != "none":
-        yield f"bias = {config['bias']!r} (biases of the base were trained)"
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(_ALTERING):
-        yield f"init_lora_weights = {init!r} (this initialisation altered the base's weights)"
-    for name in _VARIANTS:
-        if config.get(name):
-            yield f"{name} is set"
-
-
 @dataclass(frozen=True)
 class Adapter:
     """A named factored update: module path in the base → `Factors`.
@@ -149,12 +71,23 @@ class Adapter:
     info: dict = field(default_factory=dict)
 
     @classmethod
-    def load(cls, folder: str | Path, name: str | None = None) -> Adapter:
+    def load(
+        cls, folder: str | Path, name: str | None = None, *, shapes: Mapping[str, tuple[int, int]] | None = None
+    ) -> Adapter:
         """Read a PEFT folder (safetensors only, never a pickle).
+
+        Args:
+            shapes: the base's layers (`Base.layers`), where they are known. Modules are then brought to its names
+                (`model.model.…`, `language_model.model.…` or no prefix at all for `model.…`, where only one layer can be
+                meant), and those that it lacks are left out.
+
+        Returns:
+            The adapter; `info["left_out"]` (name → reason) has the modules left out, and copies of the base's own frozen
+            weights that the file holds besides.
 
         Raises:
             AdapterError: naming the folder, and the module where one is at fault: missing or truncated files, not a
-                plain LoRA, unpaired factors, ranks that disagree, values that are not finite.
+                plain LoRA, unpaired factors, ranks that disagree, values that are not finite, no module of the base.
         """
         folder = Path(folder)
         config = read_config(folder)
@@ -163,31 +96,27 @@ class Adapter:
             pickles = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt")]
             hint = f"; {pickles[0]} is a pickle, which can run code and is never opened" if pickles else ""
             raise AdapterError(f"{folder.name}: no {WEIGHTS}{hint}")
+        left_out, modules = {}, {}
         try:
-            tensors = load_file(path)
+            with safe_open(path, framework="pt") as file:
+                found = layout(file.keys())
+                if problem := found.problem or toilsome(config, found.pairs):
+                    raise AdapterError(f"{folder.name}: {problem}")
+                if not found.pairs:
+                    raise AdapterError(f"{folder.name}: {WEIGHTS} holds no LoRA factors")
+                left_out |= dict.fromkeys(found.copies, "a copy of the base's own weight, which a LoRA leaves frozen")
+                places = {module: module for module in found.pairs}
+                if shapes is not None:
+                    places = _placed(folder.name, found.pairs, shapes)
+                    left_out |= {m: "the base has no such layer" for m in found.pairs if m not in places}
+                for module, place in places.items():
+                    pair = {side: file.get_tensor(key) for side, key in found.pairs[module].items()}
+                    factors = _factors(folder.name, module, pair, config)
+                    modules[place] = replace(factors, embedding=module in found.embeddings)
         except SafetensorError as error:
             raise AdapterError(f"{folder.name}: {WEIGHTS} is damaged ({error}); fetch it again") from error
-        pairs: dict[str, dict[str, Tensor]] = {}
-        strange = []
-        for key in sorted(tensors):
-            match = _KEY.match(key)
-            if match:
-                pair = pairs.setdefault(match["module"], {})
-                if match["side"] in pair:
-                    raise AdapterError(
-                        f"{folder.name}: {match['module']} has lora_{match['side']} twice, as {key!r} too"
-                    )
-                pair[match["side"]] = tensors[key]
-            else:
-                strange.append(key)
-        if strange:
-            raise AdapterError(
-                f"{folder.name}: {len(strange)} tensors are not LoRA factors of a linear layer, such as {strange[0]!r}"
-            )
-        if not pairs:
-            raise AdapterError(f"{folder.name}: {WEIGHTS} holds no LoRA factors")
-        modules = {module: _factors(folder.name, module, pair, config) for module, pair in pairs.items()}
-        return cls(name or folder.name, modules, config.get("base_model_name_or_path") or "", {"config": config})
+        info = {"config": config, **stated(folder)} | ({"left_out": left_out} if left_out else {})
+        return cls(name or folder.name, modules, config.get("base_model_name_or_path") or "", info)
 
     def save(
         self,
@@ -217,13 +146,14 @@ class Adapter:
             )
         tensors = {}
         for module, factors in self.modules.items():
+            keys = tensor_names(module, factors.embedding)
             for side, tensor in (("A", factors.A), ("B", factors.B)):
                 stored = tensor.detach().to("cpu", dtype).contiguous().clone()
                 if not torch.isfinite(stored).all():
                     raise AdapterError(
                         f"{self.name}: {module} holds values that are not finite in {dtype}; nothing was written"
                     )
-                tensors[f"base_model.model.{module}.lora_{side}.weight"] = stored
+                tensors[keys[side]] = stored
         files = {
             CONFIG: json.dumps(self.peft_config(), indent=2, sort_keys=True) + "\n",
             "README.md": card or model_card(self),
@@ -231,14 +161,32 @@ class Adapter:
         _write_folder(folder, files, lambda path: save_file(tensors, path / WEIGHTS, metadata={"format": "pt"}))
         return folder
 
+    def push(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        commit_message: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        overwrite: bool = False,
+        base: str | None = None,
+    ) -> str:
+        """Save this adapter and upload it to the Hub, in one commit; see `workbench.push.push`."""
+        from workbench.push import push
+
+        settings = {"private": private, "token": token, "commit_message": commit_message}
+        return push(self, repo_id, **settings, dtype=dtype, overwrite=overwrite, base=base)
+
     def peft_config(self) -> dict:
         """The `adapter_config.json` under which peft computes exactly Σ B A of these factors."""
         ranks = {module: factors.rank for module, factors in self.modules.items()}
         common = max(sorted(set(ranks.values())), key=list(ranks.values()).count)
         unequal = {module: rank for module, rank in ranks.items() if rank != common}
+        config = self.info.get("config") or {}
         return {
             "peft_type": "LORA",
-            "task_type": self.info.get("task_type", "CAUSAL_LM"),
+            "task_type": config["task_type"] if config.get("task_type") in _TASKS else "CAUSAL_LM",
             "base_model_name_or_path": self.base,
             "r": common,
             "lora_alpha": common,
@@ -248,7 +196,7 @@ class Adapter:
             "lora_dropout": 0.0,
             "bias": "none",
             "use_rslora": False,
-            "fan_in_fan_out": bool(self.info.get("config", {}).get("fan_in_fan_out", False)),
+            "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
             "inference_mode": True,
         }
 
@@ -283,6 +231,16 @@ class Adapter:
             for tensor in (factors.B, factors.A):
                 total.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
         return total.hexdigest()
+
+
+def _placed(name: str, modules: Mapping, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+    places = locate(modules, shapes)
+    if not places:
+        raise AdapterError(
+            f"{name}: none of its {len(modules)} modules is in the base; it has such as {next(iter(modules))!r}, the base "
+            f"{next(iter(shapes), None)!r}"
+        )
+    return places
 
 
 def _factors(name: str, module: str, pair: Mapping[str, Tensor], config: Mapping) -> Factors:

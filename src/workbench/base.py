@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,11 @@ __all__ = ["Base", "check_fits"]
 
 
 class Base:
-    """Any causal language model of transformers, frozen, in evaluation mode, with its tokenizer."""
+    """Any language model of transformers, frozen, in evaluation mode, with its tokenizer.
+
+    Adapters of encoder–decoders are read, merged, composed and written as any others; scoring examples and fitting on
+    them takes a causal model so far.
+    """
 
     def __init__(self, model: nn.Module, tokenizer, name: str = ""):
         self.model = model.eval().requires_grad_(False)
@@ -33,20 +37,19 @@ class Base:
         """Load a folder or a Hub id; device None takes a GPU where there is one. No remote code is run.
 
         Raises:
-            BaseError: the model or its tokenizer cannot be loaded, or is an encoder–decoder (not supported yet).
+            BaseError: the model or its tokenizer cannot be loaded.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         except (OSError, KeyError, ValueError) as error:
             raise BaseError(f"no base model could be loaded from {path}: {error}") from error
-        if config.is_encoder_decoder:
-            raise BaseError(f"{path} is an encoder–decoder; only causal language models can be used so far")
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         try:
             with _no_bars():
-                model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).to(device)
+                model = kind.from_pretrained(path, dtype=dtype, trust_remote_code=False).to(device)
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise BaseError(f"no base model could be loaded from {path}: {error}") from error
@@ -72,10 +75,16 @@ class Base:
         return found
 
     @cached_property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Module path → (d_out, d_in), of every linear layer."""
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """Module path → (d_out, d_in) of all that a LoRA can change: linear layers, and embeddings (width, vocabulary)."""
         found = {name: layer_shape(layer) for name, layer in self.model.named_modules()}
         return {name: shape for name, shape in found.items() if shape}
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """`layers` without embeddings: module path → (d_out, d_in), of every linear layer."""
+        found = dict(self.model.named_modules())
+        return {name: shape for name, shape in self.layers.items() if not isinstance(found[name], nn.Embedding)}
 
     @cached_property
     def projections(self) -> dict[str, tuple[int, int]]:
@@ -105,7 +114,16 @@ class Base:
         return self.logits(ids, keep)
 
     def logits(self, ids: Tensor, keep: int) -> Tensor:
-        """As `next_token_logits`, with gradients."""
+        """As `next_token_logits`, with gradients.
+
+        Raises:
+            BaseError: the base is an encoder–decoder.
+        """
+        if self.model.config.is_encoder_decoder:
+            raise BaseError(
+                f"{self.name} is an encoder–decoder: its adapters can be merged, composed and saved, but examples can be "
+                "scored and fitted only on causal language models so far"
+            )
         return self.model(input_ids=ids, logits_to_keep=keep, use_cache=False).logits
 
 
@@ -123,17 +141,18 @@ def _no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def check_fits(adapter, shapes: dict[str, tuple[int, int]]) -> None:
-    """Check an adapter against a base's layers.
+def check_fits(adapter, layers: Mapping[str, tuple[int, int]]) -> None:
+    """Check an adapter against a base's layers (`Base.layers`).
 
     Raises:
         AdapterError: a module that the base lacks, or a shape that disagrees.
     """
     for module, factors in adapter.modules.items():
         got = (factors.B.shape[0], factors.A.shape[1])
-        if module not in shapes:
+        if module not in layers:
             raise AdapterError(f"{adapter.name}: the base has no layer {module}; it was trained for another base")
-        if got != shapes[module]:
+        if got != layers[module]:
+            resized = " (width × vocabulary); was the vocabulary resized?" if factors.embedding else ""
             raise AdapterError(
-                f"{adapter.name}: {module} is {got[0]}×{got[1]}, the base's is {shapes[module][0]}×{shapes[module][1]}"
+                f"{adapter.name}: {module} is {got[0]}×{got[1]}, the base's is {layers[module][0]}×{layers[module][1]}{resized}"
             )

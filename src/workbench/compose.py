@@ -3,7 +3,7 @@
     with compose(model, {"model.layers.0.self_attn.q_proj": LowRank(B, A, c)}):
         model(input_ids)                       # y += ((x Aᵀ) ∘ c) Bᵀ in that module
 
-The batch is G groups of rows (contiguous, equally many each). Two forms:
+An embedding is a linear layer on one-hot tokens: its x Aᵀ is the columns of A at the token ids. The batch is G groups of rows (contiguous, equally many each). Two forms:
 
 - shared: B (d_out, R), A (R, d_in), and c (C, R): one stack, C candidates, rows split evenly among them;
 - grouped: B (G, d_out, R), A (G, R, d_in), c None or (C, R) with C a multiple of G: each group its own adapter.
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -51,15 +52,17 @@ class LowRank:
         return max(self.B.shape[0] if self.B.ndim == 3 else 1, 1 if self.c is None else self.c.shape[0])
 
     def apply(self, x: Tensor, y: Tensor) -> Tensor:
-        """y + ((x Aᵀ) ∘ c) Bᵀ for x (rows, …, d_in), y (rows, …, d_out); in place on y where no gradient is taken."""
-        stacks = self.B.shape[0] if self.B.ndim == 3 else 1
+        """y + ((x Aᵀ) ∘ c) Bᵀ for x (rows, …, d_in), y (rows, …, d_out); in place on y where no gradient is taken.
+
+        Whole numbers x (rows, …) are tokens.
+        """
         if x.shape[0] % self.groups:
             raise MergeError(f"{x.shape[0]} rows cannot be split evenly among {self.groups} groups")
-        a, b = self.A.to(x.dtype).mT, self.B.to(y.dtype).mT
-        h = x.reshape(stacks, -1, x.shape[-1]) @ a if self.B.ndim == 3 else x.reshape(-1, x.shape[-1]) @ a
+        b = self.B.to(y.dtype).mT
+        h = self._inner(x) if x.is_floating_point() else self._looked_up(x).to(y.dtype)
         if self.c is not None:
             split = h.reshape(self.c.shape[0], -1, h.shape[-1])
-            c = self.c.to(x.dtype)[:, None]
+            c = self.c.to(h.dtype)[:, None]
             h = (split * c if torch.is_grad_enabled() else split.mul_(c)).reshape(h.shape)
         h, flat = h.to(y.dtype), y.reshape(*h.shape[:-1], y.shape[-1])  # autocast may have chosen another type
         if torch.is_grad_enabled():
@@ -67,6 +70,18 @@ class LowRank:
         else:
             out = flat.baddbmm_(h, b) if self.B.ndim == 3 else flat.addmm_(h, b)
         return out.reshape(y.shape)
+
+    def _inner(self, x: Tensor) -> Tensor:
+        """x Aᵀ, (rows, r) or (stacks, rows, r)."""
+        lead = (-1,) if self.A.ndim == 2 else (self.A.shape[0], -1)
+        return x.reshape(*lead, x.shape[-1]) @ self.A.to(x.dtype).mT
+
+    def _looked_up(self, tokens: Tensor) -> Tensor:
+        """The columns of A at these tokens, as rows."""
+        if self.A.ndim == 2:
+            return self.A.mT[tokens.flatten()]
+        stacks = torch.arange(self.A.shape[0], device=tokens.device)[:, None]
+        return self.A.mT[stacks, tokens.reshape(self.A.shape[0], -1)]
 
 
 def grouped(adapters: Sequence[Adapter], device: str | torch.device = "cpu") -> dict[str, LowRank]:
@@ -132,11 +147,13 @@ def slice_groups(updates: Mapping[str, LowRank], start: int, stop: int, total: i
 def compose(model: nn.Module, updates: Mapping[str, LowRank]) -> Iterator[nn.Module]:
     """Add the updates to the named modules' outputs while the context is open; nothing is left behind, on an error too.
 
-    Works on anything whose output is (rows, …, d_out) for an input (rows, …, d_in): Linear, Conv1D, quantised layers.
+    Works on anything whose output is (rows, …, d_out) for an input (rows, …, d_in): Linear, Conv1D, quantised layers; and
+    on embeddings, whose input is tokens.
 
     Raises:
-        BaseError: a module that the model does not have.
+        BaseError: a module that the model does not have, or an embedding that computes something else.
         AdapterError: factors that do not fit the module.
+        MergeError: several groups of rows at an embedding of something other than the rows' tokens.
     """
     found = dict(model.named_modules())
     absent = [module for module in updates if module not in found]
@@ -147,24 +164,50 @@ def compose(model: nn.Module, updates: Mapping[str, LowRank]) -> Iterator[nn.Mod
     handles = []
     try:
         for name, update in updates.items():
-            expected, got = layer_shape(found[name]), (update.B.shape[-2], update.A.shape[-1])
+            layer = found[name]
+            expected, got = layer_shape(layer), (update.B.shape[-2], update.A.shape[-1])
             if expected and got != expected:
                 raise AdapterError(
                     f"{name}: an update of {got[0]}×{got[1]} does not fit a layer of {expected[0]}×{expected[1]}"
                 )
-            handles.append(
-                found[name].register_forward_hook(lambda _, args, y, update=update: update.apply(args[0], y))
-            )
+            if isinstance(layer, nn.Embedding) and not _of_tokens(model, layer):
+                if type(layer).forward is not nn.Embedding.forward and not hasattr(layer, "embed_scale"):
+                    raise BaseError(f"{name} is a {type(layer).__name__}, which does more than look its input up")
+                if update.groups > 1:
+                    raise MergeError(
+                        f"{name} does not look the rows' tokens up, so {update.groups} groups cannot be told apart in it"
+                    )
+            handles.append(layer.register_forward_hook(partial(_add, update)))
         yield model
     finally:
         for handle in handles:
             handle.remove()
 
 
+def _add(update: LowRank, layer: nn.Module, args: tuple, y: Tensor) -> Tensor:
+    scale = getattr(layer, "embed_scale", None)  # some embeddings multiply what they look up
+    if scale is not None:
+        update = replace(update, B=update.B * scale)
+    return update.apply(args[0], y)
+
+
+def _of_tokens(model: nn.Module, layer: nn.Embedding) -> bool:
+    """Whether an embedding is the model's own of its input tokens, or shares its weight (T5's encoder and decoder)."""
+    own = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else layer
+    return layer is own or layer.weight is own.weight
+
+
 def layer_shape(layer: nn.Module) -> tuple[int, int] | None:
-    """(d_out, d_in) of a linear layer of any make; None where it has no such thing."""
+    """(d_out, d_in) of a linear layer of any make, (width, vocabulary) of an embedding; None where it has no such thing."""
+    if isinstance(layer, nn.Embedding):
+        return layer.embedding_dim, layer.num_embeddings
     if hasattr(layer, "out_features") and hasattr(layer, "in_features"):
         return layer.out_features, layer.in_features
     if hasattr(layer, "nf") and hasattr(layer, "nx"):  # transformers' Conv1D
         return layer.nf, layer.nx
     return None
+
+
+def stores_transposed(layer: nn.Module) -> bool:
+    """Whether its weight is (d_in, d_out): embeddings and transformers' Conv1D."""
+    return isinstance(layer, nn.Embedding) or hasattr(layer, "nf")

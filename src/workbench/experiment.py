@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
@@ -23,7 +23,7 @@ from workbench.errors import MergeError, SelectionError, TaskError
 from workbench.merge import methods
 from workbench.pool import Pool
 from workbench.results import Results, provenance, run_key
-from workbench.runs import BASELINES, Case, Outcome, Workplace, check_options, run
+from workbench.runs import BASELINES, Case, Outcome, Workplace, check_examples, check_options, run
 from workbench.select import SELECTIONS, choose
 from workbench.tasks import Task
 from workbench.tasks import load as load_task
@@ -38,7 +38,9 @@ class Recipe:
     method: a merging method (`workbench.merge.methods()`; its λ is tuned on the validation split), "coefficients",
     "lorahub", or a baseline: "zero-shot", "in-context" (option shots), "new adapter" (options rank, ratio, steps, lr).
     control: "" for the real adapters, or what random ones are matched by: sigma, norm, spectrum.
-    Further keyword arguments are the method's options.
+    Further keyword arguments are the method's options; one that has a name of the above goes into `options`, such as
+    `Recipe("lego", k=10, options={"k": 16})`: ten adapters, sixteen clusters. Methods that need each adapter's examples
+    (`regmean`, `fisher`) get 16 of its own task's, which are known for bundled adapters only.
     """
 
     method: str
@@ -47,7 +49,16 @@ class Recipe:
     control: str
     options: tuple[tuple[str, object], ...]
 
-    def __init__(self, method: str, *, select: str = "random", k: int = 10, control: str = "", **options):
+    def __init__(
+        self,
+        method: str,
+        *,
+        select: str = "random",
+        k: int = 10,
+        control: str = "",
+        options: Mapping | None = None,
+        **more,
+    ):
         known = [*methods(), *ADAPTIVE, *BASELINES]
         if method not in known:
             near = difflib.get_close_matches(str(method), known, 2)
@@ -62,7 +73,7 @@ class Recipe:
             near = difflib.get_close_matches(str(select), SELECTIONS, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(SELECTIONS)}"
             raise SelectionError(f"no selection method {select!r}; {hint}")
-        k, options = index(k), {name: _plain(value) for name, value in options.items()}
+        k, options = index(k), {name: _plain(value) for name, value in {**(options or {}), **more}.items()}
         check_options(method, options)
         for name, value in {"method": method, "select": select, "k": k, "control": control}.items():
             object.__setattr__(self, name, value)
@@ -87,7 +98,7 @@ class Recipe:
 
     def against(self, control: str = "sigma") -> Recipe:
         """The same recipe over matched random adapters."""
-        return Recipe(self.method, select=self.select, k=self.k, control=control, **dict(self.options))
+        return Recipe(self.method, select=self.select, k=self.k, control=control, options=dict(self.options))
 
 
 ZERO_SHOT, NEW_ADAPTER = Recipe("zero-shot"), Recipe("new adapter")
@@ -158,6 +169,7 @@ def compare(
     for recipe in every:
         if recipe.method not in BASELINES:
             choose(pool, "random", recipe.k)  # a k out of range is said before anything runs
+            check_examples(recipe.method, pool)
     store, place, frames = Results(results) if results else None, Workplace(base, pool), []
     for number, recipe in enumerate(every, 1):
         keys = [_key(base, pool, case, recipe) for case in cases]

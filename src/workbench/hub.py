@@ -53,10 +53,10 @@ def discover(base_id: str, limit: int | None = None) -> list[Repo]:
         AdapterError: the Hub cannot be reached, or refuses.
     """
     try:
-        listed = _api().list_models(filter=f"base_model:adapter:{base_id}", sort="downloads", limit=limit, full=True)
+        listed = hub_api().list_models(filter=f"base_model:adapter:{base_id}", sort="downloads", limit=limit, full=True)
         found = list(listed)  # the client itself tries several times
     except Exception as error:
-        raise AdapterError(f"the adapters of {base_id} could not be listed on the Hub: {_said(error)}") from error
+        raise AdapterError(f"the adapters of {base_id} could not be listed on the Hub: {said(error)}") from error
     repos = {m.id: Repo(m.id, getattr(m, "sha", None), bool(m.gated), m.downloads or 0, m.likes or 0) for m in found}
     return [repos[key] for key in sorted(repos)]
 
@@ -77,7 +77,7 @@ def fetch(
         AdapterError: no such repository or revision, a gated one, no safetensors weights, too large a file, or one
             whose content is not what the Hub states.
     """
-    info = _ask(repo_id, lambda: _api().model_info(repo_id, revision=revision, files_metadata=True))
+    info = _ask(repo_id, lambda: hub_api().model_info(repo_id, revision=revision, files_metadata=True))
     listed = {entry.rfilename: entry for entry in info.siblings or ()}
     pickles = sorted(name for name in listed if "/" not in name and name.endswith((".bin", ".pt", ".pth", ".ckpt")))
     if CONFIG not in listed:
@@ -123,14 +123,14 @@ def _fetch_file(repo_id: str, name: str, revision: str, sha256: str | None, cach
 
 def open_all(
     base_id: str, *, base: str | Path | None = None, cache: str | Path | None = None, rules: Sequence[str] | None = None
-) -> tuple[list[Verdict], dict[str, Path], bool]:
+) -> tuple[list[Verdict], dict[str, Path], dict[str, tuple[int, int]] | None]:
     """Discover, fetch and screen every adapter of a base; what fails is a refused row and stops nothing.
 
     The configurations' own base names are not compared (they are often a quantised copy or someone's folder): what an
     adapter is of, its card says, and its shapes show.
 
     Returns:
-        Verdicts, name → folder, and whether the base's layer shapes were known.
+        Verdicts, name → folder, and the base's layers (None where they could not be had).
 
     Raises:
         AdapterError: the Hub cannot be reached, or lists no adapter of this base.
@@ -157,7 +157,7 @@ def open_all(
         return replace(verdict, adapter=None)  # a thousand of them need not fit into memory
 
     with ThreadPoolExecutor(8) as executor:
-        return list(executor.map(judge, repos)), folders, shapes is not None
+        return list(executor.map(judge, repos)), folders, shapes
 
 
 def _shapes(base_id: str, base, cache) -> dict[str, tuple[int, int]] | None:
@@ -176,10 +176,11 @@ def _shapes(base_id: str, base, cache) -> dict[str, tuple[int, int]] | None:
         return None
 
 
-def _api():
+def hub_api(token: str | None = None):
+    """The Hub's client, at the endpoint of the moment; without a token it takes the one stored on this machine."""
     from huggingface_hub import HfApi
 
-    return HfApi(endpoint=_endpoint())
+    return HfApi(endpoint=_endpoint(), token=token)
 
 
 def _endpoint() -> str | None:
@@ -198,29 +199,30 @@ def _ask(repo_id: str, call: Callable):
     from huggingface_hub.errors import GatedRepoError
 
     try:
-        return _patiently(call)
+        return patiently(call)
     except GatedRepoError as error:
         raise Refused("gated", f"{repo_id}: access has to be granted by its author on the Hub") from error
     except Exception as error:  # whatever the client raises for one repository must not stop the others
-        raise Refused("fetch", f"{repo_id}: {_said(error)}") from error
+        raise Refused("fetch", f"{repo_id}: {said(error)}") from error
 
 
-def _patiently(call: Callable):
+def patiently(call: Callable):
     """Call, and again after a pause where the server was overloaded or could not be reached."""
-    from httpx import TransportError
     from huggingface_hub.errors import HfHubHTTPError
 
+    http_error = HfHubHTTPError.__bases__[0]  # the root of the errors of the client's HTTP library: httpx, now httpx2
     for attempt in range(TRIES):
         try:
             return call()
-        except (HfHubHTTPError, TransportError) as error:
+        except http_error as error:
             status = getattr(getattr(error, "response", None), "status_code", None)
             if attempt + 1 == TRIES or (status is not None and status < 500 and status != 429):
                 raise
             time.sleep(PAUSE * 2**attempt)
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
+    """An error on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 

@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import html
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -50,8 +50,15 @@ COLUMNS = {
 class Pool:
     """Adapters of one base, screened; `table` has all that were found, everything else only the accepted ones."""
 
-    def __init__(self, name: str, base: str, verdicts: Sequence[Verdict], folders: dict[str, Path], checked: bool):
-        self.name, self.base, self.checked = name, base, checked
+    def __init__(
+        self,
+        name: str,
+        base: str,
+        verdicts: Sequence[Verdict],
+        folders: dict[str, Path],
+        shapes: Mapping[str, tuple[int, int]] | None,
+    ):
+        self.name, self.base, self.shapes, self.checked = name, base, shapes, shapes is not None
         self._verdicts = {v.name: v for v in sorted(verdicts, key=lambda v: v.name)}
         self._folders = folders
         self.names: tuple[str, ...] = tuple(n for n, v in self._verdicts.items() if v.accepted)
@@ -129,7 +136,7 @@ class Pool:
             verdict = screen(folder, shapes, names, rules, name=key)
             room -= 4 * verdict.facts.get("parameters", 0) if verdict.accepted else 0
             verdicts.append(verdict if room > 0 else replace(verdict, adapter=None))
-        return cls(name, base, verdicts, folders, shapes is not None)
+        return cls(name, base, verdicts, folders, shapes)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -177,7 +184,7 @@ class Pool:
         if not verdict.accepted:
             raise AdapterError(f"{name} was refused by the rule {verdict.rule!r}: {verdict.reason}")
         if name not in self._kept:
-            return self._keep(Adapter.load(self._folders[name], name))
+            return self._keep(Adapter.load(self._folders[name], name, shapes=self.shapes))
         return self._kept[name]
 
     def refused(self) -> dict[str, str]:

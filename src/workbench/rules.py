@@ -15,20 +15,18 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file
 
-from workbench.adapters import _ALTERING, _KEY, _VARIANTS, CONFIG, WEIGHTS
 from workbench.errors import AdapterError
+from workbench.plain import CONFIG, WEIGHTS, objections, show, toilsome
 
 if TYPE_CHECKING:
     from workbench.screen import Candidate
 
-__all__ = ["DEFAULT", "RULES", "STUDY", "WIDTH", "Rule", "show"]
+__all__ = ["DEFAULT", "RULES", "STUDY", "WIDTH", "Rule"]
 
 MAX_CONFIG, MAX_WEIGHTS = 2**20, 2**34  # bytes
-MAX_TENSORS, MAX_LOOKUPS = 20_000, 10**6
+MAX_TENSORS = 20_000
 MAX_NORM = 1000.0  # recycling study: 1 < ‖ΔW‖_F ≤ 1000 over all modules
 WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-# What a stranger's regular expression may be made of: no quantifier on a group, so that matching cannot take for ever.
-_TAME = re.compile(r"(?:[\w-]|\\[.\-d]\+?|\.[*+]?|[|^$)]|\[[\w-]+\]|\((?:\?:)?)+")
 
 
 @dataclass(frozen=True)
@@ -57,14 +55,8 @@ def rule(stage: str, *, required: bool = False, sets: Sequence[str] = ("default"
     return register
 
 
-def show(value, limit: int = 80) -> str:
-    """A stranger's value as it may appear in a message: printable, and not too long."""
-    text = repr(value)
-    return text if len(text) <= limit else text[:limit] + "…"
-
-
-def _number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+def _objection(c: Candidate, rule: str) -> str:
+    return next((reason for which, reason in objections(c.config) if which == rule), "")
 
 
 @rule("config", required=True)
@@ -104,75 +96,56 @@ def config_json(c: Candidate) -> str:
 @rule("config", required=True)
 def peft_type(c: Candidate) -> str:
     """peft_type is LORA."""
-    kind = c.config.get("peft_type")
-    return "" if kind == "LORA" else f"peft_type is {show(kind)}, expected 'LORA'"
+    return _objection(c, "peft-type")
 
 
 @rule("config", required=True)
 def dora(c: Candidate) -> str:
     """No DoRA, which also trains a magnitude."""
-    return "use_dora is set: DoRA also trains a magnitude" if c.config.get("use_dora") else ""
+    return _objection(c, "dora")
 
 
 @rule("config", required=True)
 def modules_to_save(c: Candidate) -> str:
     """No whole layers beside the LoRA."""
-    saved = c.config.get("modules_to_save")
-    return f"modules_to_save = {show(saved)}: whole layers were trained beside the LoRA" if saved else ""
+    return _objection(c, "modules-to-save")
 
 
 @rule("config", required=True)
 def bias(c: Candidate) -> str:
     """No trained biases."""
-    value = c.config.get("bias", "none")
-    return "" if value == "none" else f"bias = {show(value)}: biases of the base were trained"
+    return _objection(c, "bias")
 
 
 @rule("config", required=True)
 def init(c: Candidate) -> str:
-    """No initialisation that altered the base's own weights (PiSSA, OLoRA, CorDA, EVA, LoftQ, LoRA-GA)."""
-    value = c.config.get("init_lora_weights", True)
-    altering = isinstance(value, str) and value.lower().startswith(_ALTERING)
-    return f"init_lora_weights = {show(value)}: this initialisation altered the base's weights" if altering else ""
+    """No initialisation that altered the base's own weights (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)."""
+    return _objection(c, "init")
 
 
 @rule("config", required=True)
 def variant(c: Candidate) -> str:
     """None of the LoRA variants that compute something other than s·B·A."""
-    used = [name for name in _VARIANTS if c.config.get(name)]
-    return f"{', '.join(used)} is set: the update is not s·B·A" if used else ""
+    return _objection(c, "variant")
 
 
 @rule("config", required=True)
 def alpha(c: Candidate) -> str:
     """lora_alpha is a number other than 0."""
-    value = c.config.get("lora_alpha", 8)
-    return "" if _number(value) and value else f"lora_alpha is {show(value)}, expected a number other than 0"
+    return _objection(c, "alpha")
 
 
 @rule("config", required=True)
 def pattern_form(c: Candidate) -> str:
     """rank_pattern and alpha_pattern are simple: module names, at most a few wildcards, numbers."""
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = c.config.get(key) or {}
-        if not isinstance(patterns, dict) or len(patterns) > 2000:
-            return f"{key} is {show(patterns)}, expected an object with at most 2,000 entries"
-        for pattern, value in patterns.items():
-            if not _tame(pattern):
-                return f"{key} holds the regular expression {show(pattern)}, which is too intricate to be run"
-            if not _number(value) or value == 0:
-                return f"{key} gives {show(value)} for {show(pattern)}, expected a number other than 0"
-    return ""
+    return _objection(c, "pattern-form")
 
 
-def _tame(pattern: str) -> bool:
-    if len(pattern) > 300 or not _TAME.fullmatch(pattern):
-        return False
-    try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return pattern.count("*") + pattern.count("+") <= 3 and pattern.count("|") <= 8
+@rule("config", sets=("study",))
+def eva(c: Candidate) -> str:
+    """Not initialised by EVA."""
+    value = c.config.get("init_lora_weights")
+    return f"init_lora_weights = {show(value)}" if isinstance(value, str) and value.lower() == "eva" else ""
 
 
 @rule("config", sets=("study",))
@@ -228,24 +201,13 @@ def header(c: Candidate) -> str:
 
 
 @rule("header", required=True)
-def embeddings(c: Candidate) -> str:
-    """No LoRA on an embedding, whose factors are looked up by token."""
-    found = [key for key in c.header if ".lora_embedding_" in key]
-    return f"{len(found)} tensors are LoRA factors of an embedding, such as {show(found[0])}" if found else ""
-
-
-@rule("header", required=True)
 def keys(c: Candidate) -> str:
-    """Every tensor is a LoRA factor of a linear layer, and there are at most 20,000."""
+    """Every tensor is a LoRA factor of a layer, or the base's own weight of such a layer; at most 20,000 of them."""
     if len(c.header) > MAX_TENSORS:
         return f"the file holds {len(c.header):,} tensors, expected at most {MAX_TENSORS:,}"
-    lookups = len(c.pairs) * (len(c.config.get("rank_pattern") or ()) + len(c.config.get("alpha_pattern") or ()))
-    if lookups > MAX_LOOKUPS:
-        return f"{lookups:,} look-ups of patterns would be needed, expected at most {MAX_LOOKUPS:,}"
-    strange = sorted(key for key in c.header if not _KEY.match(key))
-    if strange:
-        return f"{len(strange)} tensors are not LoRA factors of a linear layer, such as {show(strange[0])}"
-    return "" if c.header else "the file holds no tensor"
+    if not c.header:
+        return "the file holds no tensor"
+    return c.layout.problem or toilsome(c.config, c.pairs)
 
 
 @rule("header", required=True)
@@ -293,7 +255,7 @@ def targets(c: Candidate) -> str:
         return ""
     known = {target for target in wanted if isinstance(target, str)}
     lost = [m for m in c.pairs if known.isdisjoint(_suffixes(m))]
-    if not lost:
+    if not lost or c.config.get("ensure_weight_tying"):  # which adds the layer tied to a target
         return ""
     return f"target_modules = {show(wanted)} does not name {len(lost)} of {len(c.pairs)} modules, such as {lost[0]}"
 
@@ -305,13 +267,13 @@ def _suffixes(module: str) -> list[str]:
 
 @rule("header")
 def base_layers(c: Candidate) -> str:
-    """Every module is a linear layer of the base."""
-    lost = [module for module in c.pairs if c.shapes is not None and module not in c.shapes]
+    """Every module is a layer of the base, by its name or by one that can only mean that layer."""
+    lost = [module for module in c.pairs if module not in c.places]
     if not lost:
         return ""
     return (
-        f"{len(lost)} of {len(c.pairs)} modules are not in the base, such as {lost[0]!r}; "
-        f"the base has layers such as {next(iter(c.shapes), None)!r}"
+        f"{len(lost)} of {len(c.pairs)} modules are not in the base: {', '.join(map(show, lost[:5]))}"
+        f"{', …' if len(lost) > 5 else ''}; the base has layers such as {next(iter(c.shapes), None)!r}"
     )
 
 
@@ -320,10 +282,22 @@ def base_shape(c: Candidate) -> str:
     """Every module has the shape of the base's layer."""
     for module, pair in c.pairs.items():
         got = pair["B"][0], pair["A"][1]
-        if c.shapes is not None and module in c.shapes and got != tuple(c.shapes[module]):
-            want = c.shapes[module]
-            return f"{module} is {got[0]}×{got[1]}, the base's is {want[0]}×{want[1]}: it is of another base"
+        want = c.shapes.get(c.places.get(module)) if c.shapes is not None else None
+        if want is not None and got != tuple(want):
+            other = (
+                "the vocabulary was resized, or it is"
+                if got[0] == want[0] and module in c.layout.embeddings
+                else "it is"
+            )
+            return f"{module} is {got[0]}×{got[1]}, the base's is {want[0]}×{want[1]}: {other} of another base"
     return ""
+
+
+@rule("header", sets=("study",))
+def embeddings(c: Candidate) -> str:
+    """No LoRA on an embedding."""
+    found = sorted(c.layout.embeddings)
+    return f"{len(found)} modules are embeddings, such as {show(found[0])}" if found else ""
 
 
 @rule("values", required=True)

@@ -18,13 +18,25 @@ from workbench.compose import LowRank, grouped
 from workbench.controls import random_like
 from workbench.errors import MergeError
 from workbench.evaluate import Encoded, encode_task, score
-from workbench.merge import Dense, merge, methods
+from workbench.merge import Dense, collect, merge, methods
+from workbench.nano import world
 from workbench.pool import Pool
 from workbench.select import choose
 from workbench.stack import Stack
-from workbench.tasks import Task
+from workbench.tasks import Task, upstream
 
-__all__ = ["BASELINES", "SCALES", "Case", "Outcome", "Workplace", "check_options", "run", "tune_scales"]
+__all__ = [
+    "BASELINES",
+    "EXAMPLES",
+    "SCALES",
+    "Case",
+    "Outcome",
+    "Workplace",
+    "check_examples",
+    "check_options",
+    "run",
+    "tune_scales",
+]
 
 BASELINES = {"zero-shot": 1, "in-context": 1, "new adapter": 1}  # name → version
 _BASELINE_OPTIONS = {
@@ -33,6 +45,7 @@ _BASELINE_OPTIONS = {
     "new adapter": tuple(option.name for kind in (Plan, Schedule) for option in fields(kind)),
 }
 _OF_ANY_MERGE = ("weights", "scale", "rank")
+EXAMPLES = 16  # of each adapter's own task, for merges that need them; part of those methods' versions
 SCALES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
 
 
@@ -51,6 +64,21 @@ def check_options(method: str, options: Mapping) -> None:
             near = difflib.get_close_matches(name, known, 1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise MergeError(f"{method} has no option {name!r}{hint}; it takes {', '.join(known) or 'none'}")
+
+
+def check_examples(method: str, pool: Pool) -> None:
+    """Check, before anything runs, that a merge which needs the adapters' examples can have them.
+
+    Raises:
+        MergeError: the pool holds adapters that are not bundled ones, whose tasks are not known.
+    """
+    needs = methods()[method].needs if method in methods() else ""
+    unknown = [name for name in pool.names if world.find(name) is None] if needs else []
+    if unknown:
+        raise MergeError(
+            f"{method} needs {needs} of each adapter's examples, which a recipe finds for bundled adapters only, not for "
+            f"{unknown[0]!r}; merge by hand with workbench.merge.merge(stack, {method!r}, statistics=collect(base, stack, examples))"
+        )
 
 
 @dataclass(frozen=True)
@@ -82,6 +110,7 @@ class Workplace:
         self._encoded: dict = {}
         self._stacks: dict = {}
         self._merged: dict = {}
+        self._originals: dict = {}  # id of a stack → the names of the adapters it holds or stands in for
 
     def encoded(self, case: Case, split: str, shots: int = 0) -> list[Encoded]:
         """A split's examples as token ids, made once."""
@@ -99,15 +128,25 @@ class Workplace:
         if key not in self._stacks:
             chosen = self.pool.stack(names)
             self._stacks[key] = random_like(chosen, recipe.control, seed=case.seed) if recipe.control else chosen
+            self._originals[id(self._stacks[key])] = names
         return self._stacks[key]
 
     def merged(self, recipe, stack: Stack) -> Adapter:
         """The merge of a stack, made once however many tasks ask for it."""
         key = (id(stack), recipe.method, recipe.options)
         if key not in self._merged:
-            result = merge(stack, recipe.method, **dict(recipe.options))
+            known = self._statistics(stack, methods()[recipe.method].needs)
+            result = merge(stack, recipe.method, statistics=known, **dict(recipe.options))
             self._merged[key] = result.truncate() if isinstance(result, Dense) else result
         return self._merged[key]
+
+    def _statistics(self, stack: Stack, needs: str):
+        """What a merge needs of the adapters' examples, a random stand-in taking those of the adapter it replaces."""
+        if not needs:
+            return None
+        tasks = upstream(self._originals[id(stack)], EXAMPLES)
+        examples = dict(zip(stack.names, tasks.values(), strict=True))
+        return collect(self.base, stack, examples, gradients=needs == "gradients")
 
 
 def run(place: Workplace, recipe, cases: Sequence[Case]) -> list[Outcome]:

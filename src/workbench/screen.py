@@ -21,10 +21,13 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from workbench.adapters import _KEY, CONFIG, WEIGHTS, Adapter, scaling
+from workbench.adapters import Adapter
+from workbench.card import printable
 from workbench.compose import layer_shape
 from workbench.errors import AdapterError, BaseError, SelectionError
-from workbench.rules import DEFAULT, RULES, STUDY, WIDTH, show
+from workbench.keys import Layout, layout, locate
+from workbench.plain import CONFIG, WEIGHTS, scaling, show
+from workbench.rules import DEFAULT, RULES, STUDY, WIDTH
 
 __all__ = [
     "DEFAULT",
@@ -94,18 +97,25 @@ class Candidate:
         return read_header(self.folder / WEIGHTS)
 
     @cached_property
+    def layout(self) -> Layout:
+        """Which tensor is whose factor."""
+        return layout(self.header)
+
+    @cached_property
     def pairs(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """Module → side ("A", "B") → shape."""
-        out: dict[str, dict[str, tuple[int, ...]]] = {}
-        for key in sorted(self.header):
-            if match := _KEY.match(key):
-                out.setdefault(match["module"], {})[match["side"]] = tuple(self.header[key]["shape"])
-        return out
+        """Module, by the file's name for it → side ("A", "B") → shape."""
+        named = self.layout.pairs.items()
+        return {m: {side: tuple(self.header[key]["shape"]) for side, key in pair.items()} for m, pair in named}
+
+    @cached_property
+    def places(self) -> dict[str, str]:
+        """Module → the base's name for it; where the base's layers are not known, its own."""
+        return {module: module for module in self.pairs} if self.shapes is None else locate(self.pairs, self.shapes)
 
     @cached_property
     def adapter(self) -> Adapter:
         """The weights, read and checked by `Adapter.load`."""
-        return Adapter.load(self.folder, self.name)
+        return Adapter.load(self.folder, self.name, shapes=self.shapes)
 
     @cached_property
     def norm(self) -> float:
@@ -128,7 +138,7 @@ def screen(
     """Screen one adapter folder; never raises for what is in it.
 
     Args:
-        base_shapes: module → (d_out, d_in) of the base's linear layers; None leaves the fit to the base unchecked.
+        base_shapes: module → (d_out, d_in) of the base's layers (`base_shapes`); None leaves the fit to the base unchecked.
         base_names: names that the configuration may give its base; None leaves them unchecked.
         rules: names of the rules to apply (None: `DEFAULT`; `STUDY` is the recycling study's set). Rules that the
             reader needs run anyway.
@@ -155,12 +165,6 @@ def screen(
     facts = _facts(candidate, until) if sound else {}
     kept = candidate.adapter if not broken and until == "values" else None
     return Verdict(candidate.name, not broken, broken, printable(reason), facts, kept)
-
-
-def printable(text: str, limit: int = 500) -> str:
-    """A stranger's text on one line: what does not print is written as an escape, and the rest is cut off."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
-    return shown + "…" * (len(text) > limit)
 
 
 def _facts(c: Candidate, until: str) -> dict:
@@ -248,7 +252,9 @@ def counts(table: pd.DataFrame) -> pd.DataFrame:
 
 @cache
 def base_shapes(base: str, *, local_only: bool = True) -> dict[str, tuple[int, int]]:
-    """Module → (d_out, d_in) of a base's linear layers, from its configuration alone: no weights are read.
+    """Module → (d_out, d_in) of a base's linear layers and embeddings (width, vocabulary), as `Base.layers` has them.
+
+    From its configuration alone: no weights are read.
 
     Raises:
         BaseError: the configuration cannot be found or built (with `local_only`, nothing is fetched from the Hub).

@@ -102,7 +102,7 @@ def _score_all(pool: Pool, task: Task, base: Base) -> pd.DataFrame:
         if updates is None:
             adapters = [pool.adapter(name) for name in chunk]
             for adapter in adapters:
-                check_fits(adapter, base.shapes)
+                check_fits(adapter, base.layers)
             updates = grouped(adapters, base.device)
             if len(chunks) == 1:
                 held[tuple(chunk)] = updates

@@ -19,7 +19,7 @@ import torch
 
 import workbench as wb
 from workbench.merge import collect, methods
-from workbench.tasks import of_adapters
+from workbench.tasks import upstream
 
 
 def peak(device: str) -> float:
@@ -54,7 +54,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
         if args.shape:
             return {"method": name, "skipped": f"needs {record.needs} of each adapter's examples"}
         base = wb.Base.load(pool.base)
-        examples = of_adapters(stack.names, n=8)
+        examples = upstream(stack.names, n=8)
         options["statistics"] = collect(base, stack, examples, gradients=record.needs == "gradients")
     if record.takes:
         stack = stack.choose(stack.names[: record.takes])

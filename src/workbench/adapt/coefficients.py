@@ -93,7 +93,10 @@ def fold(stack: Stack, coefficients: Tensor, name: str, info: dict | None = None
     if tuple(coefficients.shape) not in ((n,), (m, n)):
         raise MergeError(f"expected coefficients ({n},) or ({m}, {n}), got {tuple(coefficients.shape)}")
     full = coefficients.expand(m, n).to(stack.device)
-    modules = {module: Factors(u.times(full[i][u.owner]).cpu(), u.A.cpu()) for i, (module, u) in enumerate(stack)}
+    modules = {
+        module: Factors(u.times(full[i][u.owner]).cpu(), u.A.cpu(), embedding=u.embedding)
+        for i, (module, u) in enumerate(stack)
+    }
     return Adapter(name, modules, stack.base, info or {})
 
 
@@ -188,15 +191,15 @@ def side_by_side(stacks: Sequence[Stack], base: Base) -> dict[str, tuple[Tensor,
 def _modules(stacks: Sequence[Stack], base: Base) -> list[str]:
     """The modules of all stacks, in the base's order."""
     found = {module: units.shape for stack in stacks for module, units in stack}
-    if absent := [module for module in found if module not in base.shapes]:
+    if absent := [module for module in found if module not in base.layers]:
         raise BaseError(
             f"{len(absent)} of {len(found)} modules are not in this base, such as {absent[0]!r}; are the adapters of another base?"
         )
     for stack in stacks:
         for module, units in stack:
-            if units.shape != base.shapes[module]:
-                (d_out, d_in), (rows, columns) = units.shape, base.shapes[module]
+            if units.shape != base.layers[module]:
+                (d_out, d_in), (rows, columns) = units.shape, base.layers[module]
                 raise AdapterError(
                     f"{stack.names[int(units.owner[0])]}: {module} is {d_out}×{d_in}, the base's is {rows}×{columns}"
                 )
-    return [module for module in base.shapes if module in found]
+    return [module for module in base.layers if module in found]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -80,6 +80,7 @@ def _mixed(stack: Stack, weights: Tensor) -> dict[str, Factors]:
         out[module] = Factors(
             torch.einsum("onr,n->or", raw, w) * units.scale[0],
             torch.einsum("nri,n->ri", units.A[order].view(n, r, -1), w),
+            embedding=units.embedding,
         )
     return out
 
@@ -200,7 +201,7 @@ def lorahub(
             adapter = fold(stack, weights, name)
         else:
             adapter = Adapter(
-                name, {m: Factors(f.B.cpu(), f.A.cpu()) for m, f in _mixed(stack, weights).items()}, stack.base
+                name, {m: replace(f, B=f.B.cpu(), A=f.A.cpu()) for m, f in _mixed(stack, weights).items()}, stack.base
             )
         passes, tokens = len(histories[g]) * len(train[g]), len(histories[g]) * sum(len(row) for row in train[g])
         out.append(Fitted(adapter, weights.expand(len(stack.modules), -1), None, passes, tokens))

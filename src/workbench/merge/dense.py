@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.adapters import Adapter, Factors
-from workbench.compose import layer_shape
+from workbench.compose import layer_shape, stores_transposed
 from workbench.errors import AdapterError, BaseError, MergeError
 from workbench.stack import factored_svd
 
@@ -60,6 +60,12 @@ class Dense:
             modules[module] = replace(modules[module], embedding=module in self.embeddings)
         return Adapter(self.name, modules, self.base, {**self.info, "error": error})
 
+    def push(self, *_, **__) -> None:
+        """Not for a dense update, which no PEFT folder holds: choose a rank, `update.truncate(rank).push(…)`."""
+        raise MergeError(f"{self.name} is dense, and a PEFT folder holds factors: call truncate(rank) on it first")
+
+    save = push
+
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
         """Add ΔW to the model's weights while the context is open; the very same weights are put back, on an error too.
@@ -81,7 +87,7 @@ class Dense:
                 for module, delta in self.modules.items():
                     weight = _weight(found, module, tuple(delta.shape))
                     kept.append((weight, weight.clone()))
-                    delta = delta.T if hasattr(found[module], "nf") else delta  # Conv1D holds (d_in, d_out)
+                    delta = delta.T if stores_transposed(found[module]) else delta
                     weight.copy_(weight.to(torch.promote_types(weight.dtype, torch.float32)) + delta.to(weight.device))
             yield model
         finally:
@@ -143,7 +149,7 @@ def _weight(found: Mapping[str, nn.Module], module: str, shape: tuple[int, int])
         raise AdapterError(
             f"{module}: an update of {shape[0]}×{shape[1]} does not fit a layer of {expected[0]}×{expected[1]}"
             if expected
-            else f"{module}: a {type(layer).__name__} is not a linear layer, so ΔW cannot be added to it"
+            else f"{module}: a {type(layer).__name__} is not a linear layer or an embedding, so ΔW cannot be added to it"
         )
     sharing = [name for name, other in found.items() if other is not layer and getattr(other, "weight", None) is weight]
     if sharing:

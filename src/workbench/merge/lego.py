@@ -18,7 +18,7 @@ from workbench.merge.registry import method
 from workbench.stack import Stack, Units, factored_svd
 from workbench.stack import canonical as canonical_form
 
-__all__ = ["cluster", "features", "inner_products", "lego"]
+__all__ = ["centroid", "cluster", "features", "inner_products", "lego"]
 
 Canonical = Literal["raw", "balanced", "svd", "outer"]
 
@@ -96,14 +96,14 @@ def lego(
         units = canonical_form(units, canonical)
         labels = cluster(units, k, outer=canonical == "outer", normalise=normalise, seed=seed, starts=starts)
         parts = [units[labels == c] for c in range(int(labels.max()) + 1)]
-        centroids = [_centroid(part, canonical == "outer", norm if parameter_reweighting else None) for part in parts]
+        centroids = [centroid(part, canonical == "outer", norm if parameter_reweighting else None) for part in parts]
         B, A = torch.stack([b for b, _ in centroids], 1), torch.stack([a for _, a in centroids])
     if output_reweighting:
         B = B * (r / A.shape[0]) ** 0.5
     return B, A
 
 
-def _centroid(part: Units, outer: bool, norm: str | None) -> tuple[Tensor, Tensor]:
+def centroid(part: Units, outer: bool, norm: str | None) -> tuple[Tensor, Tensor]:
     """(b, a) of one cluster, at the mean norm of its units unless `norm` is None."""
     order = 2 if norm != "inf" else float("inf")
     if outer:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from workbench.adapters import Adapter, Factors
 from workbench.errors import MergeError
+from workbench.licences import gathered
 from workbench.merge.dense import Dense, truncate
 from workbench.merge.options import Count, Option, accepts, near, words
 from workbench.stack import Stack, Units
@@ -213,7 +214,7 @@ def merge(
     Returns:
         `Adapter`, or `Dense` for a dense method without `rank`. `info` holds method, version, options, paper,
         sources (name → weight), licences (name → what the adapter's card states), report (a table, adapter × module: rank
-        and status, "used", "weight 0", "absent" or "refused", with the reason), notes, and, where truncated, error
+        and status, "used", "weight 0", "absent", "left out" or "refused", with the reason), notes, and, where truncated, error
         (module → relative Frobenius error).
 
     Raises:
@@ -249,7 +250,7 @@ def merge(
         "options": {**settings, "scale": scale, "rank": rank},
         "paper": chosen.paper,
         "sources": dict(zip(stack.names, each.tolist(), strict=True)),
-        "licences": {one: info.get("licence", "") for one, info in zip(stack.names, stack.infos, strict=False)},
+        **gathered(stack.names, stack.infos),
         "config": _config(stack),
         "report": _report(stack, each, refused),
         "notes": notes,
@@ -286,7 +287,10 @@ def _run(
         culprits = ", ".join(stack.names[i] for i in units.owner[~finite].unique().tolist())
         raise MergeError(f"{module} holds values that are not finite in {culprits}; leave such adapters out")
     known = (statistics.of(units, stack.names),) if chosen.needs else ()
-    result = chosen.function(units, weights.to(units.B), *known, **settings)
+    try:
+        result = chosen.function(units, weights.to(units.B), *known, **settings)
+    except torch.linalg.LinAlgError as error:
+        raise MergeError(f"{chosen.name}: {module} has no singular values ({error}); lower the weights") from error
     if not all(bool(torch.isfinite(part).all()) for part in ((result,) if chosen.dense else result)):
         raise MergeError(f"{chosen.name}: the result for {module} overflows; lower the weights")
     if chosen.dense:
@@ -309,14 +313,13 @@ def _report(stack: Stack, weights: Tensor, refused: Mapping[str, str]) -> pd.Dat
             "reason": "",
         }
     )
-    left_out = pd.DataFrame(
-        [
-            {"adapter": name, "module": "", "rank": 0, "weight": 0.0, "status": "refused", "reason": reason}
-            for name, reason in refused.items()
-        ],
-        columns=table.columns,
-    )
-    return pd.concat([table, left_out], ignore_index=True) if refused else table
+    others = [
+        (name, module, 0, 0.0, "left out", reason)
+        for name, info in zip(stack.names, stack.infos, strict=False)
+        for module, reason in info.get("left_out", {}).items()
+    ]
+    others += [(name, "", 0, 0.0, "refused", reason) for name, reason in refused.items()]
+    return pd.concat([table, pd.DataFrame(others, columns=table.columns)], ignore_index=True) if others else table
 
 
 def _config(stack: Stack) -> dict:

@@ -20,6 +20,10 @@ from workbench.tasks import names
 __all__ = ["GRIDS", "gather", "run_grid"]
 
 _MERGES = ("average", "svd", "ties", "lego")
+_MORE = (
+    *("sum", "linear", "magnitude_prune", "dare_linear", "dare_ties", "della", "breadcrumbs"),
+    *("tsv", "iso_c", "iso_cts", "knots_ties", "knots_dare", "core", "regmean", "fisher"),
+)
 _TASKS = tuple(name for kind in world.KINDS for name in names(kind))
 _NEW = (NEW_ADAPTER, ZERO_SHOT, Recipe("in-context", shots=5))
 
@@ -31,7 +35,8 @@ GRIDS: dict[str, list[tuple[list[Recipe], tuple[Recipe, ...], dict]]] = {
                 Recipe(method, select=select, k=10)
                 for select in ("evaluation", "random")
                 for method in ("coefficients", "lorahub", *_MERGES)
-            ],
+            ]
+            + [Recipe(method, select="evaluation", k=10) for method in _MORE],
             _NEW,
             {"tasks": _TASKS, "seeds": (0, 1), "n_train": n},
         )

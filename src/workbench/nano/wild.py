@@ -26,16 +26,21 @@ __all__ = ["BREAKAGES", "NAME", "STUDY_ONLY", "make"]
 
 NAME = "workbench/nano-base"  # what the bundled pool's configurations call their base
 RANK = 4
+EMBEDDING = "model.embed_tokens"
 
 
 @dataclass
 class Draft:
-    """An adapter about to be written: its configuration, tensors, card, and what is done to the folder afterwards."""
+    """An adapter about to be written: its configuration, tensors, card, and what is done to the folder afterwards.
+
+    `embedding` is the base's own: (width, vocabulary).
+    """
 
     config: dict
     tensors: dict[str, torch.Tensor]
     card: str = "A perfectly ordinary adapter.\n"
     after: Callable[[Path], None] = lambda folder: None
+    embedding: tuple[int, int] = (0, 0)
 
     def keys(self, side: str) -> list[str]:
         """The tensors' names of one side, A or B."""
@@ -73,11 +78,12 @@ def make(folder: str | Path, base: Base | str | Path | None = None, *, seed: int
         Folder name → name of the screening rule that refuses it under the default rules, '' for the sound ones.
     """
     folder = Path(folder)
-    shapes = base.projections if isinstance(base, Base) else base_shapes(str(base or BASE))
+    shapes = base.layers if isinstance(base, Base) else base_shapes(str(base or BASE))
     name = NAME if base is None else base.name if isinstance(base, Base) else str(base)
-    layers = {m: s for m, s in shapes.items() if ".layers." in m} or shapes
+    layers = {m: s for m, s in shapes.items() if ".layers." in m}
     for i, (key, (_, change)) in enumerate(BREAKAGES.items()):
         draft = _sound(layers, name, torch.Generator().manual_seed(1000 * seed + i))
+        draft.embedding = shapes[EMBEDDING]
         change(draft)
         target = folder / key
         target.mkdir(parents=True)
@@ -293,10 +299,33 @@ def replicated_layers(d: Draft) -> None:
     d.config["layer_replication"] = [[0, 2], [1, 2]]
 
 
-@broken("embeddings")
-def embedding(d: Draft) -> None:
-    d.tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = torch.ones(RANK, 10)
-    d.tensors["base_model.model.model.embed_tokens.lora_embedding_B"] = torch.ones(10, RANK)
+@broken("init")
+def unheard_of_start(d: Draft) -> None:
+    d.config["init_lora_weights"] = "singular_start"
+
+
+@broken("variant")
+def unheard_of_variant(d: Draft) -> None:
+    d.config["use_twisted_lora"] = True
+
+
+@broken("keys")
+def whole_embedding(d: Draft) -> None:
+    d.tensors[f"base_model.model.{EMBEDDING}.weight"] = torch.zeros(d.embedding[::-1])
+
+
+@broken("base-shape")
+def resized_vocabulary(d: Draft) -> None:
+    """An embedding of one token more, its tensors and configuration in order."""
+    width, vocabulary = d.embedding
+    _embed(d, (width, vocabulary + 1))
+
+
+def _embed(d: Draft, shape: tuple[int, int]) -> None:
+    width, vocabulary = shape
+    d.tensors[f"base_model.model.{EMBEDDING}.lora_embedding_A"] = torch.ones(RANK, vocabulary) / 100
+    d.tensors[f"base_model.model.{EMBEDDING}.lora_embedding_B"] = torch.ones(width, RANK) / 100
+    d.config["target_modules"] = [*d.config["target_modules"], "embed_tokens"]
 
 
 # -- factors and configuration that do not go together -------------------------------------------------------------
@@ -360,6 +389,28 @@ def patterns(d: Draft) -> None:
     partner = key.replace("lora_A", "lora_B")
     d.tensors[key], d.tensors[partner] = d.tensors[key][:2], d.tensors[partner][:, :2]
     d.config |= {"rank_pattern": {module.replace(".", r"\."): 2}, "alpha_pattern": {module.replace(".", r"\."): 16}}
+
+
+@broken(study="embeddings")
+def embedding(d: Draft) -> None:
+    """A LoRA on the embedding too, with the frozen embedding itself beside it, as peft saves it."""
+    _embed(d, d.embedding)
+    d.tensors[f"base_model.model.{EMBEDDING}.base_layer.weight"] = torch.zeros(d.embedding[::-1])
+
+
+@broken(study="eva")
+def eva(d: Draft) -> None:
+    d.config["init_lora_weights"] = "eva"
+
+
+@broken()
+def prefix_doubled(d: Draft) -> None:
+    d.rename("base_model.model.model.", "base_model.model.base_model.model.model.")
+
+
+@broken()
+def no_prefix(d: Draft) -> None:
+    d.rename("base_model.model.model.", "")
 
 
 @broken(study="task-type")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from workbench.errors import TaskError
 
-__all__ = ["Example", "Task", "load", "names"]
+__all__ = ["Example", "Task", "load", "names", "upstream"]
 
 
 @dataclass(frozen=True)
@@ -81,3 +81,25 @@ def load(name: str, *, seed: int = 0, n_train: int = 80, n_validation: int = 20,
             f"no task {name!r}; {'did you mean ' + ', '.join(near) + '?' if near else 'workbench.tasks.names() lists them'}"
         )
     return world.make_task(spec, seed=seed, n_train=n_train, n_validation=n_validation, n_test=n_test)
+
+
+def upstream(adapters: Iterable[str], n: int = 16, *, seed: int = 0) -> dict[str, Task]:
+    """Adapter's name → the task that it was trained on, with n training examples; of bundled adapters.
+
+    Args:
+        adapters: names, or what has `names` (a pool, a stack).
+        n: training examples, drawn under `seed`; with 0 they are the first of those that the adapter was trained on.
+
+    Raises:
+        TaskError: an adapter that is not a bundled one; its examples are the user's to give.
+    """
+    from workbench.nano import world
+
+    chosen = list(getattr(adapters, "names", adapters))
+    unknown = [name for name in chosen if world.find(name) is None]
+    if unknown:
+        raise TaskError(
+            f"{len(unknown)} of {len(chosen)} adapters are not bundled ones, such as {unknown[0]!r}, so their tasks are not "
+            "known; give examples by name: {adapter's name: task}"
+        )
+    return {name: load(f"nano/{name}", seed=seed, n_train=n, n_validation=1, n_test=1) for name in chosen}

@@ -17,6 +17,7 @@ from workbench.base import Base
 from workbench.compose import shared
 from workbench.errors import MergeError, SelectionError, TaskError
 from workbench.evaluate import Scores, encode_task, score
+from workbench.licences import gathered
 from workbench.screen import printable
 from workbench.stack import Stack
 from workbench.tasks import Task
@@ -124,6 +125,7 @@ class WeightExplorer(Panel):
     def adapter(self, name: str | None = None) -> Adapter:
         """The merge under the present weights, as one adapter of rank Σ r."""
         info = {"method": "weights by hand", "options": {}, "sources": self.weights, "task": self.task.name}
+        info |= gathered(self._stack.names, self._stack.infos)
         return fold(self._stack, self._present(), name or f"by-hand-of-{len(self._stack)}", info)
 
     def __repr__(self) -> str:
