@@ -254,7 +254,7 @@ def test_an_adapter_knows_its_licence_and_a_pool_a_stack_and_a_merge_keep_it(tmp
         (["cc-by-nc-4.0", "cc-by-nc-sa-3.0"], "cc-by-nc-sa-3.0", "", 0),
         (["eupl-1.2", "gpl-2.0"], "gpl-2.0", "", 0),
         (["cc-by-nc-sa-4.0", "llama3.1"], "other", "llama3.1-and-cc-by-nc-sa-4.0", 1),
-        (["cc-by-nc-sa-4.0", "apple-amlr"], "other", "apple-amlr-and-cc-by-nc-sa-4.0", 1),
+        (["cc-by-nc-sa-4.0", "apple-amlr"], "other", "cc-by-nc-sa-4.0-and-apple-amlr", 1),
         # and that may not
         (["gpl-2.0", "gpl-3.0"], "other", "gpl-2.0-and-gpl-3.0", 1),
         (["gpl-3.0", "cc-by-sa-3.0"], "other", "cc-by-sa-3.0-and-gpl-3.0", 1),
@@ -507,7 +507,7 @@ def test_what_strangers_wrote_is_shown_and_nothing_else():
     card = model_card(hostile(EVIL), "me/x")
     shown = render(card)
     assert set(re.findall(r"<([a-z0-9]+)", shown)) <= TAGS | {"code"}
-    assert "www.g" not in card  # which the Hub's pages would turn into a link
+    assert card.count("www.g") == 1  # in a code span; elsewhere the Hub's pages would turn it into a link
     assert len(re.findall(r"<h1>", shown)) == 1
     told = html.unescape(re.sub(r"<[^>]*>", "", shown))
     assert told.count("<script>alert(1)</script>|`x` # y ![z](http://w.x/t.png) [a](javascript:b) $m$ **c**") >= 8

@@ -59,7 +59,7 @@ PAPERS = {
     "2509.17786": ("Panariello, Aniello", "Accurate and Efficient Low-Rank Model Merging in Core Space"),
     "2602.12323": ("", "The Appeal and Reality of Recycling LoRAs with Adaptive Merging"),
 }
-_MARKUP = re.compile(r"[#$&*:<>@\[\\\]`|~]|(?<![^\W_])_+|_+(?![^\W_])|(?<=www)\.", re.IGNORECASE)
+_MARKUP = re.compile(r"[#$&*:<>@\[\\\]`|~]|(?<![^\W_])_+|(?<=www)\.", re.IGNORECASE)
 _LINK = re.compile(r"https?://[\w.~/?=&%#+:()-]{1,300}", re.ASCII)
 
 
