@@ -600,6 +600,13 @@ def test_results_are_the_same_from_run_to_run():
         assert all(torch.equal(first[m], second[m]) for m in first), name
 
 
+def test_times_is_written_down():
+    for name in ("average", "ties"):
+        update = merge(pool(), name, scale=2.0)
+        assert update.times(-0.5).info["options"] == update.info["options"] | {"scale": -1.0}
+        assert update.info["options"]["scale"] == 2.0
+
+
 def test_methods_come_in_a_fixed_order_with_their_record():
     assert list(itertools.islice(merge.methods(), 4)) == ["sum", "cat", "average", "svd"]
     for name, record in methods().items():

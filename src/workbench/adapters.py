@@ -24,7 +24,7 @@ from workbench.keys import layout, locate, tensor_names
 from workbench.licences import stated
 from workbench.plain import CONFIG, WEIGHTS, read_config, scaling, toilsome
 
-__all__ = ["CONFIG", "WEIGHTS", "Adapter", "Factors", "read_config", "scaling"]
+__all__ = ["CONFIG", "WEIGHTS", "Adapter", "Factors", "read_config", "scaled", "scaling"]
 
 # peft's task types under which it adds no head of its own, which a plain LoRA could not bring along.
 _TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
@@ -219,6 +219,7 @@ class Adapter:
                 m: replace(f, B=f.B * weight, scale=f.scale * weight if weight else 1.0)
                 for m, f in self.modules.items()
             },
+            info=scaled(self.info, weight),
         )
 
     def digest(self) -> str:
@@ -241,6 +242,12 @@ def _placed(name: str, modules: Mapping, shapes: Mapping[str, tuple[int, int]]) 
             f"{next(iter(shapes), None)!r}"
         )
     return places
+
+
+def scaled(info: Mapping, weight: float) -> dict:
+    """What an update says of itself once it is multiplied by a number: λ is multiplied too."""
+    options = info.get("options", {})
+    return {**info, "options": {**options, "scale": options["scale"] * weight}} if "scale" in options else dict(info)
 
 
 def _factors(name: str, module: str, pair: Mapping[str, Tensor], config: Mapping) -> Factors:

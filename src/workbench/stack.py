@@ -144,6 +144,14 @@ class Stack:
     def device(self) -> torch.device:
         return next(iter(self.modules.values())).A.device
 
+    @property
+    def config(self) -> dict:
+        """What an update made of these adapters carries over of their configurations: fan_in_fan_out, task_type."""
+        configs = [info["config"] for info in self.infos if info.get("config")]
+        kinds = {config.get("task_type") for config in configs} - {None}
+        out = {"fan_in_fan_out": any(config.get("fan_in_fan_out") for config in configs)}
+        return out | ({"task_type": kinds.pop()} if len(kinds) == 1 else {})
+
     def to(self, device: str | torch.device) -> Stack:
         return replace(self, modules={module: units.to(device) for module, units in self})
 

@@ -101,6 +101,6 @@ def adapt(
     fitted = fit_many(base, [stack], [train], [validation] if validation else None, method, seeds=[seed], **options)[0]
     sources = dict(zip(stack.names, fitted.coefficients.mean(0).tolist(), strict=True))
     info = {"method": method, "options": options, "sources": sources, "task": task.name, "paper": ADAPTIVE[method][3]}
-    info |= gathered(stack.names, stack.infos)
+    info |= {"config": stack.config, **gathered(stack.names, stack.infos)}
     info["notes"] = ["a source's weight is the mean of its coefficients over modules"]
     return replace(fitted, adapter=replace(fitted.adapter, info=info))

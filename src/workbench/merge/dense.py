@@ -11,7 +11,7 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
-from workbench.adapters import Adapter, Factors
+from workbench.adapters import Adapter, Factors, scaled
 from workbench.compose import layer_shape, stores_transposed
 from workbench.errors import AdapterError, BaseError, MergeError
 from workbench.stack import factored_svd
@@ -38,7 +38,8 @@ class Dense:
 
     def times(self, weight: float) -> Dense:
         """This update multiplied by a number, λ ΔW (the sign included)."""
-        return replace(self, modules={module: delta * weight for module, delta in self.modules.items()})
+        modules = {module: delta * weight for module, delta in self.modules.items()}
+        return replace(self, modules=modules, info=scaled(self.info, weight))
 
     def truncate(self, rank: int | None = None) -> Adapter:
         """The nearest adapter of a rank (Eckart–Young: the SVD cut off), or with None the whole update, unchanged.

@@ -251,7 +251,7 @@ def merge(
         "paper": chosen.paper,
         "sources": dict(zip(stack.names, each.tolist(), strict=True)),
         **gathered(stack.names, stack.infos),
-        "config": _config(stack),
+        "config": stack.config,
         "report": _report(stack, each, refused),
         "notes": notes,
     }
@@ -320,14 +320,6 @@ def _report(stack: Stack, weights: Tensor, refused: Mapping[str, str]) -> pd.Dat
     ]
     others += [(name, "", 0, 0.0, "refused", reason) for name, reason in refused.items()]
     return pd.concat([table, pd.DataFrame(others, columns=table.columns)], ignore_index=True) if others else table
-
-
-def _config(stack: Stack) -> dict:
-    """What the result's configuration must carry over from its sources'."""
-    configs = [info["config"] for info in stack.infos if info.get("config")]
-    kinds = {config.get("task_type") for config in configs} - {None}
-    out = {"fan_in_fan_out": any(config.get("fan_in_fan_out") for config in configs)}
-    return out | ({"task_type": kinds.pop()} if len(kinds) == 1 else {})
 
 
 def _check_statistics(chosen: Method, stack: Stack, statistics: Statistics | None) -> None:

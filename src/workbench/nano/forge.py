@@ -232,7 +232,7 @@ def forge(preset: Preset, out: Path, device: str = "cpu", *, workers: int = 1, s
         schedule = preset.adapter
         training = f"{preset.examples} examples, {schedule.steps} steps of {schedule.batch}, AdamW at {schedule.lr}"
         result = f"exact match {after:.3f} on {len(task.test)} held-out examples (the base alone: {before:.3f})"
-        info = {"task": spec.instruction, "training": training, "result": result}
+        info = {"task": spec.instruction, "training": training, "result": result, "licence": "mit"}
         (folder / "README.md").write_text(model_card(replace(read, info=info)), encoding="utf-8")
     own, zero = (np.mean([row[key] for row in report["pool"].values()]) for key in ("accuracy", "zero_shot"))
     say(
