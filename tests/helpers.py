@@ -10,6 +10,7 @@ import random
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from workbench.merge.statistics import Rows, Statistics
 from workbench.nano.forge import PRESETS, new_model
 from workbench.nano.shelf import make_tokenizer
 from workbench.stack import Stack
+from workbench.tasks import Example, Task
 
 SENTENCES = (
     "the cat sat on the mat and the dog sat by the door",
@@ -335,3 +337,21 @@ def comes_out(base: Base, generated: Sequence[int], target: Sequence[int], limit
     if body and body[-1] in base.stop_ids:
         body, ended = body[:-1], True
     return body == list(target) and (ended or len(body) == limit)
+
+
+def solved_task(base: Base, adapter: Adapter, seed: int, sizes: Sequence[int] = (6, 4, 9)) -> Task:
+    """One-letter answers: what the base says under the adapter, and every third time another letter."""
+    rng = random.Random(seed)
+    model = dense_model(base, {m: f.delta() for m, f in adapter.modules.items()})
+    labels = {"kind": "made", "operation": f"op{seed % 2}", "domain": "letters", "format": "plain"}
+    draft = Task(f"t{seed}", f"say {seed}", (), (), (), max_new_tokens=1, labels=labels)
+    made = {}
+    while len(made) < sum(sizes):
+        text = "".join(rng.choice("abcdefgh ") for _ in range(rng.randint(2, 9))).strip() or "a"
+        ids = torch.tensor([base.tokenizer(draft.prompt(Example(text, "a")))["input_ids"]])
+        with torch.no_grad():
+            said = base.tokenizer.decode(model(input_ids=ids).logits[0, -1].argmax().item())
+        if len(said) == 1 and said != "\n":
+            made[text] = Example(text, "abc"[len(made) % 3] if len(made) % 3 == 0 else said)
+    rows, a, b = list(made.values()), sizes[0], sizes[0] + sizes[1]
+    return replace(draft, train=tuple(rows[:a]), validation=tuple(rows[a:b]), test=tuple(rows[b:]))

@@ -1,7 +1,6 @@
 """Recipes and `compare`: rows against each part by hand, side by side against alone, what is stored and what is read."""
 
 import json
-import random
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 import workbench as wb
-from helpers import dense_model, random_adapter, tiny_base
+from helpers import dense_model, random_adapter, solved_task, tiny_base
 from workbench import experiment, runs
 from workbench.adapt import ADAPTIVE, fit_many
 from workbench.adapt.fresh import NEW_ADAPTER, Plan, train_fresh
@@ -59,21 +58,7 @@ def pool(tmp_path_factory, base):
 
 
 def make_task(base, pool, name, seed, sizes=(6, 4, 8), **labels):
-    """One-letter answers: what the base says under one adapter, and every third time another letter."""
-    rng = random.Random(seed)
-    adapter = pool.adapter(f"n{seed % 6}")
-    model = dense_model(base, {m: f.delta() for m, f in adapter.modules.items()})
-    draft = Task(name, f"say {seed}", (), (), (), max_new_tokens=1, labels=labels)
-    made = {}
-    while len(made) < sum(sizes):
-        text = "".join(rng.choice("abcdefgh ") for _ in range(rng.randint(2, 9))).strip() or "a"
-        ids = torch.tensor([base.tokenizer(draft.prompt(Example(text, "a")))["input_ids"]])
-        with torch.no_grad():
-            said = base.tokenizer.decode(model(input_ids=ids).logits[0, -1].argmax().item())
-        if len(said) == 1 and said != "\n":
-            made[text] = Example(text, "abc"[len(made) % 3] if len(made) % 3 == 0 else said)
-    rows, a, b = list(made.values()), sizes[0], sizes[0] + sizes[1]
-    return replace(draft, train=tuple(rows[:a]), validation=tuple(rows[a:b]), test=tuple(rows[b:]))
+    return replace(solved_task(base, pool.adapter(f"n{seed % 6}"), seed, sizes), name=name, labels=labels)
 
 
 @pytest.fixture(scope="module")

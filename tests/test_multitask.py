@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import workbench as wb
-from helpers import dense_model, random_adapter, tiny_base
+from helpers import dense_model, random_adapter, solved_task, tiny_base
 from workbench import multitask as module
 from workbench.adapt.fresh import Plan, train_fresh
 from workbench.adapt.gradient import Schedule
@@ -26,7 +26,6 @@ from workbench.nano import lego_grid, lego_study, world
 from workbench.reweighting import norm_decay, variances
 from workbench.runs import SCALES
 from workbench.stack import Stack
-from workbench.tasks import Example, Task
 
 VARIANTS = {"sum": ("sum", {}), "ties": ("ties", {"density": 0.5}), "lego": [("lego", {"k": k}) for k in (1, 3, 9)]}
 STEPS = Schedule(steps=3, lr=3e-3, every=1)
@@ -44,31 +43,13 @@ def stack(base):
     return Stack.of([random_adapter(base, ranks[i], i, targets[i], name=f"n{i}", size=0.08) for i in range(3)])
 
 
-def make_task(base, adapter, seed, sizes=(6, 4, 9)):
-    """One-letter answers: what the base says under the adapter, and every third time another letter."""
-    rng = random.Random(seed)
-    model = dense_model(base, {m: f.delta() for m, f in adapter.modules.items()})
-    labels = {"kind": "made", "operation": f"op{seed % 2}", "domain": "letters", "format": "plain"}
-    draft = Task(f"t{seed}", f"say {seed}", (), (), (), max_new_tokens=1, labels=labels)
-    made = {}
-    while len(made) < sum(sizes):
-        text = "".join(rng.choice("abcdefgh ") for _ in range(rng.randint(2, 9))).strip() or "a"
-        ids = torch.tensor([base.tokenizer(draft.prompt(Example(text, "a")))["input_ids"]])
-        with torch.no_grad():
-            said = base.tokenizer.decode(model(input_ids=ids).logits[0, -1].argmax().item())
-        if len(said) == 1 and said != "\n":
-            made[text] = Example(text, "abc"[len(made) % 3] if len(made) % 3 == 0 else said)
-    rows, a, b = list(made.values()), sizes[0], sizes[0] + sizes[1]
-    return replace(draft, train=tuple(rows[:a]), validation=tuple(rows[a:b]), test=tuple(rows[b:]))
-
-
 @pytest.fixture(scope="module")
 def tasks(base, stack):
     """Own tasks of unequal test size, the last adapter's left out, and one that no adapter of the stack was made for."""
     return {
-        "n1": make_task(base, stack.adapter("n1"), 1),
-        "n0": make_task(base, stack.adapter("n0"), 2, (6, 3, 12)),
-        "other": make_task(base, random_adapter(base, 4, 9, size=0.08), 3, (7, 4, 6)),
+        "n1": solved_task(base, stack.adapter("n1"), 1),
+        "n0": solved_task(base, stack.adapter("n0"), 2, (6, 3, 12)),
+        "other": solved_task(base, random_adapter(base, 4, 9, size=0.08), 3, (7, 4, 6)),
     }
 
 

@@ -161,22 +161,11 @@ class Adapter:
         _write_folder(folder, files, lambda path: save_file(tensors, path / WEIGHTS, metadata={"format": "pt"}))
         return folder
 
-    def push(
-        self,
-        repo_id: str,
-        *,
-        private: bool = False,
-        token: str | None = None,
-        commit_message: str | None = None,
-        dtype: torch.dtype = torch.float32,
-        overwrite: bool = False,
-        base: str | None = None,
-    ) -> str:
-        """Save this adapter and upload it to the Hub, in one commit; see `workbench.push.push`."""
+    def push(self, repo_id: str, **settings) -> str:
+        """Save this adapter and upload it to the Hub in one commit; settings (private, overwrite, …) as in `push.push`."""
         from workbench.push import push
 
-        settings = {"private": private, "token": token, "commit_message": commit_message}
-        return push(self, repo_id, **settings, dtype=dtype, overwrite=overwrite, base=base)
+        return push(self, repo_id, **settings)
 
     def peft_config(self) -> dict:
         """The `adapter_config.json` under which peft computes exactly Σ B A of these factors."""

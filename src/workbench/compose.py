@@ -3,7 +3,8 @@
     with compose(model, {"model.layers.0.self_attn.q_proj": LowRank(B, A, c)}):
         model(input_ids)                       # y += ((x Aᵀ) ∘ c) Bᵀ in that module
 
-An embedding is a linear layer on one-hot tokens: its x Aᵀ is the columns of A at the token ids. The batch is G groups of rows (contiguous, equally many each). Two forms:
+An embedding is a linear layer on one-hot tokens: its x Aᵀ is the columns of A at the token ids. The batch is G groups of
+rows (contiguous, equally many each). Two forms:
 
 - shared: B (d_out, R), A (R, d_in), and c (C, R): one stack, C candidates, rows split evenly among them;
 - grouped: B (G, d_out, R), A (G, R, d_in), c None or (C, R) with C a multiple of G: each group its own adapter.

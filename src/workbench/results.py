@@ -17,7 +17,7 @@ import pandas as pd
 
 from workbench.errors import WorkbenchError
 
-__all__ = ["Results", "provenance", "run_key"]
+__all__ = ["Results", "provenance", "run_key", "write_parquet"]
 
 
 def run_key(facts: Mapping) -> str:
@@ -46,6 +46,20 @@ def provenance() -> dict[str, str]:
     return {"commit": commit, "versions": json.dumps(versions), "platform": platform.platform(terse=True)}
 
 
+def write_parquet(frame: pd.DataFrame, target: Path) -> Path:
+    """Write a table so that a reader sees all of it or nothing: a temporary file, fsync, rename."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.stem}.{uuid.uuid4().hex}.tmp"
+    try:
+        frame.to_parquet(temporary, index=False)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
 class Results:
     """A folder of rows. Folders of several machines merge by copying; a reader never sees half a row."""
 
@@ -67,16 +81,7 @@ class Results:
         """
         if not row.get("key"):
             raise WorkbenchError("a result needs a key (see workbench.results.run_key)")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        target, temporary = self.path(row["key"]), self.folder / f".{row['key']}.{uuid.uuid4().hex}.tmp"
-        try:
-            pd.DataFrame([dict(row)]).to_parquet(temporary, index=False)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return target
+        return write_parquet(pd.DataFrame([dict(row)]), self.path(row["key"]))
 
     def read(self, keys: Iterable[str] | None = None) -> pd.DataFrame:
         """All rows, or those of the given keys in that order; empty where there are none.

@@ -61,6 +61,15 @@ class Units:
         """(n,) number of units of each adapter; 0 where it does not have the module."""
         return torch.bincount(self.owner, minlength=n)
 
+    def live(self, weights: Tensor) -> Units:
+        """The units of the adapters of a weight (N,) other than 0."""
+        return self[weights[self.owner] != 0]
+
+    def weighted(self, weights: Tensor) -> Units:
+        """`live`, with each adapter's weight multiplied into B."""
+        units = self.live(weights)
+        return replace(units, B=units.times(weights[units.owner]))
+
     def times(self, coefficients: Tensor) -> Tensor:
         """B with column j multiplied by coefficient j, (d_out, R)."""
         return self.B * coefficients.to(self.B)

@@ -46,7 +46,7 @@ def knots_ties(
             differ a lot, since V gives the weakest directions as many entries as the strongest.
         density, elect, divide: as in `ties`.
     """
-    units = _live(units, weights)
+    units = units.live(weights)
     left, inner = _knots(units, on)
     if not left.shape[1]:
         return nothing(units)
@@ -68,7 +68,7 @@ def knots_dare(
 
     Random masks do not look at sizes, so V and Σ V give the same.
     """
-    units = _live(units, weights)
+    units = units.live(weights)
     left, inner = _knots(units, "SV")
     if not left.shape[1]:
         return nothing(units)
@@ -115,7 +115,7 @@ def core(
             [ΔW_1 | … | ΔW_N] and the right ones of the stacked ΔW_i, which mends that.
         density, elect, divide: of `ties`.
     """
-    units = _live(units, weights)
+    units = units.live(weights)
     if not len(units):
         return nothing(units)
     u, inner, v = _core(units, basis)
@@ -146,7 +146,7 @@ def core_dare(
         basis: as in `core`. The masks stay those of the adapters' units, so `deltas` does not make them independent of
             how the adapters are factored.
     """
-    units = _live(units, weights)
+    units = units.live(weights)
     if not len(units):
         return nothing(units)
     u, inner, v = _core(units, basis)
@@ -154,10 +154,6 @@ def core_dare(
 
 
 # The steps ----------------------------------------------------------------------------------------------------------
-
-
-def _live(units: Units, weights: Tensor) -> Units:
-    return units[weights[units.owner] != 0]
 
 
 def _product(left: Tensor, middle: Tensor, right: Tensor | None = None) -> tuple[Tensor, Tensor]:

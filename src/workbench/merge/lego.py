@@ -6,7 +6,6 @@ arXiv 2409.16167; its authors published no code, so each choice that the paper l
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -84,13 +83,12 @@ def lego(
         normalise: cluster the directions [a/‖a‖ ; b/‖b‖] (`outer`: b a / ‖b a‖) instead; centroids as before.
         seed: of k-means; with `starts` beginnings, of which the one of least inertia is kept.
     """
-    units = units[weights[units.owner] != 0]
+    units = units.weighted(weights)
     if not len(units):
         return units.B.new_zeros(units.shape[0], 1), units.A.new_zeros(1, units.shape[1])
     ranks = units.ranks(len(weights)).to(units.B)
     r = float(ranks[ranks > 0].mean())
     k = int(r + 0.5) if k is None else k
-    units = replace(units, B=units.times(weights[units.owner]))
     B, A = units.B, units.A
     if k < len(units):
         units = canonical_form(units, canonical)

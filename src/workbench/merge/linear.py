@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -75,7 +76,7 @@ def slerp(units: Units, weights: Tensor, *, t: Share = 0.5) -> tuple[Tensor, Ten
     absent, or where they are parallel or opposed (sin θ < 10⁻³), for then no shortest arc is defined.
     """
     first, second = weights.nonzero().flatten().tolist() if weights.any() else (0, 1)
-    units = Units(units.times(weights[units.owner]), units.A, units.owner, units.scale)
+    units = replace(units, B=units.times(weights[units.owner]))
     inner = gram(units, len(weights)).double()
     lengths = inner.diagonal().clamp_min(0).sqrt()
     cosine = inner[first, second] / (lengths[first] * lengths[second]).clamp_min(1e-300)

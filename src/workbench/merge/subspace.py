@@ -8,7 +8,6 @@ fill them up with arbitrary ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -18,7 +17,7 @@ from workbench.merge.options import Count, Share
 from workbench.merge.registry import method
 from workbench.stack import Stack, Units, factored_svd
 
-__all__ = ["iso_c", "iso_cts", "lowered", "nothing", "numerical_rank", "polar", "tsv", "weighted"]
+__all__ = ["iso_c", "iso_cts", "lowered", "nothing", "numerical_rank", "polar", "tsv"]
 
 _ALL = {"units", "gauge", "scale", "order"}
 NOISE = 100  # in units of ε: the SVD of a product of factors leaves a few where exact arithmetic leaves 0
@@ -44,7 +43,7 @@ def tsv(units: Units, weights: Tensor, *, per_adapter: Count | None = None) -> t
             is too large is lowered until all fit, and where one each is too many, the strongest of these are kept; the
             result's notes say where.
     """
-    units = weighted(units, weights)
+    units = units.weighted(weights)
     owners, ranks = units.owner.unique(return_counts=True)
     if not len(units):
         return nothing(units)
@@ -72,7 +71,7 @@ def iso_c(units: Units, weights: Tensor, *, divide: Literal["rank", "dimension"]
             or min(d_out, d_in), which gives the σ̄ of the paper's code; that one puts arbitrary directions where X, of
             low rank, has none, and here these stay 0.
     """
-    units = weighted(units, weights)
+    units = units.weighted(weights)
     u, s, vh = _sum(units)
     return _flat(units, u, s, vh, divide) if len(s) else nothing(units)
 
@@ -107,7 +106,7 @@ def iso_cts(
         common: the share of directions that X keeps.
         divide: as in `iso_c`; `rank` is the number of triplets.
     """
-    units = weighted(units, weights)
+    units = units.weighted(weights)
     u, s, vh = _sum(units)
     if not len(s):
         return nothing(units)
@@ -125,12 +124,6 @@ def iso_cts(
 
 
 # The steps ----------------------------------------------------------------------------------------------------------
-
-
-def weighted(units: Units, weights: Tensor) -> Units:
-    """The units of the adapters of a weight other than 0, which is multiplied into B."""
-    units = units[weights[units.owner] != 0]
-    return replace(units, B=units.times(weights[units.owner]))
 
 
 def nothing(units: Units) -> tuple[Tensor, Tensor]:

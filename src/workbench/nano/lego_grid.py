@@ -13,7 +13,6 @@ Five studies over adapters drawn from the bundled pool, made of jobs that severa
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from workbench.merge import methods
 from workbench.nano import world
 from workbench.nano.lego_study import STUDIES, Examples, Job, needs
 from workbench.pool import Pool
-from workbench.results import provenance, run_key
+from workbench.results import provenance, run_key, write_parquet
 from workbench.stack import CANONICAL
 from workbench.tasks import load
 
@@ -93,7 +92,6 @@ def run(
     """Run one share of the jobs; what is stored already is skipped."""
     pool = Pool.open("nano")
     base = Base.load(pool.base, device=device)
-    folder.mkdir(parents=True, exist_ok=True)
     for job in [job for job in jobs(size) if job.study in studies][part::parts]:
         path, start = _path(job, size, base, pool, folder), time.perf_counter()
         if path.is_file():
@@ -101,8 +99,7 @@ def run(
         frame = STUDIES[job.study](base, pool, job, size.examples)
         frame = frame.assign(study=job.study, stratum=job.stratum, draw=job.draw, adapters=job.n, pool=pool.digest)
         frame = frame.assign(base=base.digest, device=base.device.type, commit=provenance()["commit"])
-        frame.to_parquet(path.with_suffix(f".{os.getpid()}.tmp"), index=False)
-        os.replace(path.with_suffix(f".{os.getpid()}.tmp"), path)
+        write_parquet(frame, path)
         say(f"{job}: {len(frame)} rows in {time.perf_counter() - start:.0f} s")
 
 
