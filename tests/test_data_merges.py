@@ -20,7 +20,7 @@ from helpers import (
     worded_base,
 )
 from workbench.adapters import Adapter, Factors
-from workbench.errors import AdapterError, BaseError, MergeError, TaskError
+from workbench.errors import AdapterError, MergeError, TaskError
 from workbench.experiment import Recipe, compare
 from workbench.merge import Statistics, collect, merge
 from workbench.merge.statistics import Rows
@@ -202,7 +202,7 @@ def test_the_model_is_left_as_it_was(known, monkeypatch):
         assert p.grad is None
         assert not p.requires_grad
     assert hook_count(base.model) == 0
-    monkeypatch.setattr(base, "logits", lambda ids, keep: 1 / 0)
+    monkeypatch.setattr(base, "logits", lambda batch: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         collect(base, adapters, examples)
     assert hook_count(base.model) == 0
@@ -262,14 +262,11 @@ def test_what_cannot_be_observed_is_refused(known, monkeypatch):
     with pytest.raises(AdapterError, match=r"far: the base has no layer model\.layers\.7"):
         collect(base, [*adapters, elsewhere], next(iter(examples.values())))
     whole = base.logits
-    monkeypatch.setattr(base, "logits", lambda ids, keep: whole(ids[:, 1:], 1))
+    monkeypatch.setattr(base, "logits", lambda batch: whole(replace(batch, ids=batch.ids[:, 1:])))
     with pytest.raises(MergeError, match="every token of every row"):
         collect(base, adapters, examples)
-    monkeypatch.setattr(base, "logits", lambda ids, keep: None)
+    monkeypatch.setattr(base, "logits", lambda batch: None)
     with pytest.raises(MergeError, match="was never run"):
-        collect(base, adapters, examples)
-    monkeypatch.setattr(base.model.config, "is_encoder_decoder", True)
-    with pytest.raises(BaseError, match="causal language models only"):
         collect(base, adapters, examples)
 
 
@@ -697,7 +694,7 @@ def test_a_recipe_finds_the_examples_of_bundled_adapters(nano):
     place = Workplace(base, bundled)
     for method, gradients in (("regmean", False), ("fisher", True)):
         recipe = Recipe(method, k=2)
-        stack = place.stack(recipe, Case(task, 0))
+        (stack,) = place.stacks(recipe, [Case(task, 0)])
         known = collect(base, stack, upstream(stack, EXAMPLES), gradients=gradients)
         want = merge(stack, method, statistics=known)
         got = place.merged(recipe, stack)

@@ -33,11 +33,11 @@ def trained():
     base = tiny_base()
     learned = [world.make_task(spec, n_train=8) for spec in SPECS]
     rows = [row for task in learned for row in encode_task(base, task, task.train)]
-    ids, labels, keep = Packed(rows, "cpu").batch(np.arange(len(rows)))
+    batch = Packed(rows, base).batch(np.arange(len(rows)))
     base.model.requires_grad_(True)
     optimiser = torch.optim.AdamW(base.model.parameters(), lr=1e-2)
     for _ in range(60):
-        sums, counts = row_losses(base.logits(ids, keep), labels)
+        sums, counts = row_losses(base.logits(batch), batch.labels)
         loss = sums.sum() / counts.sum()
         optimiser.zero_grad()
         loss.backward()
@@ -148,12 +148,15 @@ def test_what_cannot_be_scored_is_refused(base):
 
 def test_packed_batches_hold_what_went_in(base):
     rows = examples(base, 9)
-    packed = Packed(rows, "cpu")
+    packed = Packed(rows, base)
+    assert packed.width == max(map(len, rows))
     for index in (np.array([3]), np.array([8, 0, 0, 5]), np.arange(9)):
-        ids, labels, keep = packed.batch(index)
-        assert labels.shape == (len(index), keep)
+        batch = packed.batch(index)
+        ids = batch.ids
+        assert batch.mask is batch.decoder is None
+        assert batch.labels.shape == (len(index), batch.keep)
         full = torch.full(ids.shape, -100)
-        full[:, ids.shape[1] - keep :] = labels
+        full[:, ids.shape[1] - batch.keep :] = batch.labels
         for i, row in enumerate(rows[j] for j in index):
             assert ids[i, : len(row)].tolist() == [*row.prompt, *row.answer]
             start = len(row.prompt) - 1

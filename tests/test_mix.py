@@ -19,7 +19,6 @@ from helpers import (
     peft_s_own_warnings,
     random_adapter,
     relative,
-    some_examples,
     some_ids,
     some_statistics,
     tiny_causal,
@@ -34,7 +33,6 @@ from workbench.adapters import Adapter, Factors, read_config
 from workbench.base import Base, check_fits
 from workbench.compose import LowRank, compose, grouped, shared
 from workbench.errors import AdapterError, BaseError, MergeError
-from workbench.evaluate import score
 from workbench.merge import Dense, merge, methods
 from workbench.screen import STUDY, base_shapes, screen
 from workbench.stack import Stack
@@ -485,7 +483,7 @@ def test_a_task_type_that_is_no_text_is_refused(tmp_path):
 # Encoder–decoders -----------------------------------------------------------------------------------------------------
 
 
-def test_an_encoder_decoder_is_loaded_merged_and_composed_but_not_scored(tmp_path, mixes):
+def test_an_encoder_decoder_is_loaded_merged_and_composed(tmp_path, mixes):
     made = base_of("t5")
     made.model.save_pretrained(tmp_path / "base")
     made.tokenizer.save_pretrained(tmp_path / "base")
@@ -503,11 +501,6 @@ def test_an_encoder_decoder_is_loaded_merged_and_composed_but_not_scored(tmp_pat
     check_fits(update, base.layers)
     ids = some_ids(base)
     assert relative(hook_logits(base, update, ids), dense_logits(base, deltas(update), ids)) < 1e-4
-    rows = some_examples(base, 2, 0)
-    with pytest.raises(BaseError, match="is an encoder–decoder: its adapters can be merged, composed and saved, but"):
-        score(base, [rows])
-    with pytest.raises(BaseError, match="is an encoder–decoder"):
-        base.logits(ids, 2)
 
 
 def test_candidates_and_groups_in_an_encoder_decoder():

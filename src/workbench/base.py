@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -15,14 +16,29 @@ from torch import Tensor, nn
 from workbench.compose import layer_shape
 from workbench.errors import AdapterError, BaseError
 
-__all__ = ["Base", "check_fits"]
+__all__ = ["Base", "Batch", "check_fits"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens, right-padded, of which the last `keep` columns of what is written are scored; see `evaluate.Packed`.
+
+    ids (rows, T) are prompt and answer together, or the prompts alone where an encoder reads them; labels (rows, keep) hold
+    the token that each logit predicts, −100 where none is. An encoder–decoder needs more: mask (rows, T), true at the
+    encoder's tokens and false at its padding, and decoder (rows, D), the start token and the answer's tokens but its last.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    keep: int
+    mask: Tensor | None = None
+    decoder: Tensor | None = None
 
 
 class Base:
     """Any language model of transformers, frozen, in evaluation mode, with its tokenizer.
 
-    Adapters of encoder–decoders are read, merged, composed and written as any others; scoring examples and fitting on
-    them takes a causal model so far.
+    Causal models and encoder–decoders (T5) are scored and fitted alike; `decoder_start` tells them apart.
     """
 
     def __init__(self, model: nn.Module, tokenizer, name: str = ""):
@@ -75,6 +91,23 @@ class Base:
         return found
 
     @cached_property
+    def decoder_start(self) -> int | None:
+        """The token id behind which an encoder–decoder writes its answer; None: a causal model.
+
+        Raises:
+            BaseError: an encoder–decoder whose configuration names none.
+        """
+        if not self.model.config.is_encoder_decoder:
+            return None
+        for source in (self.model.config, self.model.generation_config):
+            if (start := getattr(source, "decoder_start_token_id", None)) is not None:
+                return start
+        raise BaseError(
+            f"{self.name} is an encoder–decoder, but its configuration names no decoder_start_token_id, behind which it would "
+            "write its answers; set it (for T5 it is the pad_token_id)"
+        )
+
+    @cached_property
     def layers(self) -> dict[str, tuple[int, int]]:
         """Module path → (d_out, d_in) of all that a LoRA can change: linear layers, and embeddings (width, vocabulary)."""
         found = {name: layer_shape(layer) for name, layer in self.model.named_modules()}
@@ -106,25 +139,21 @@ class Base:
         return total.hexdigest()
 
     @torch.no_grad()
-    def next_token_logits(self, ids: Tensor, keep: int) -> Tensor:
-        """Logits (rows, keep, V) of the last `keep` columns of right-padded ids (rows, T).
+    def next_token_logits(self, batch: Batch) -> Tensor:
+        """Logits (rows, keep, V) of the last `keep` columns of a batch.
 
-        No attention mask is needed: under causal attention no answer position sees the padding behind it.
+        Under causal attention no answer position sees the padding behind it, so only an encoder needs its mask.
         """
-        return self.logits(ids, keep)
+        return self.logits(batch)
 
-    def logits(self, ids: Tensor, keep: int) -> Tensor:
-        """As `next_token_logits`, with gradients.
-
-        Raises:
-            BaseError: the base is an encoder–decoder.
-        """
-        if self.model.config.is_encoder_decoder:
-            raise BaseError(
-                f"{self.name} is an encoder–decoder: its adapters can be merged, composed and saved, but examples can be "
-                "scored and fitted only on causal language models so far"
-            )
-        return self.model(input_ids=ids, logits_to_keep=keep, use_cache=False).logits
+    def logits(self, batch: Batch) -> Tensor:
+        """As `next_token_logits`, with gradients."""
+        if batch.decoder is None:
+            return self.model(input_ids=batch.ids, logits_to_keep=batch.keep, use_cache=False).logits
+        logits = self.model(
+            input_ids=batch.ids, attention_mask=batch.mask, decoder_input_ids=batch.decoder, use_cache=False
+        ).logits
+        return logits[:, -batch.keep :]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from workbench.adapters import Adapter
-from workbench.base import Base
+from workbench.base import Base, Batch
 from workbench.compose import LowRank, compose, grouped, slice_groups
 from workbench.errors import MergeError, TaskError
 from workbench.tasks import Example, Task
@@ -40,7 +40,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Encoded:
-    """A prompt's and an answer's token ids; the answer ends in a stop token unless it fills the limit."""
+    """A prompt's and an answer's token ids; the answer ends in a stop token unless it fills the limit.
+
+    Its length counts all tokens fed for it: by a causal model both, by an encoder–decoder the prompt's to the encoder and
+    as many as the answer's to the decoder.
+    """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
@@ -72,27 +76,35 @@ def encode(base: Base, prompt: str, target: str, limit: int = 64) -> Encoded:
 def encode_all(base: Base, prompts: Sequence[str], targets: Sequence[str], limit: int = 64) -> list[Encoded]:
     """Tokenise prompts and, apart from them, their targets.
 
+    A stop token that the tokenizer puts behind every text (T5's) stays at an encoder's prompts, and goes where the answer
+    follows in the same row. An encoder–decoder's answers begin with what its tokenizer puts before every target (BART's
+    `<s>`), which counts towards the limit as it does in generation.
+
     Raises:
         TaskError: an empty prompt or target, or characters in a target that the tokenizer does not know.
+        BaseError: an encoder–decoder whose configuration names no start token.
     """
-    tokenizer, eos = base.tokenizer, base.tokenizer.eos_token_id
+    tokenizer, eos, apart = base.tokenizer, base.tokenizer.eos_token_id, base.decoder_start is not None
     if not len(prompts):  # tokenizers stumble over an empty list
         return []
     out = []
     heads = tokenizer(list(prompts), return_attention_mask=False)["input_ids"]
     bodies = tokenizer(list(targets), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    ends = {eos, tokenizer.sep_token_id}
+    opening = [i for i in tokenizer(text_target=[""])["input_ids"][0] if i not in ends] if apart else []
     for prompt, target, head, body in zip(prompts, targets, heads, bodies, strict=True):
-        if eos is not None and head and head[-1] == eos and not prompt.endswith(tokenizer.eos_token):
-            head = head[:-1]  # tokenizers that end every text with a stop token (T5's)
-        if not head or not body:
-            what = "target" if head else "prompt"
+        closed = eos is not None and head and head[-1] == eos and not prompt.endswith(tokenizer.eos_token)
+        bare = head[:-1] if closed else head
+        if not bare or not body:
+            what = "target" if bare else "prompt"
             raise TaskError(f"nothing to score: the {what} of {prompt[-60:]!r} → {target!r} has no tokens")
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in body:
             raise TaskError(f"the tokenizer of {base.name} does not know every character of the target {target!r}")
+        body = opening + body
         stop = [base.stop_ids[0]] if len(body) < limit else []
         ends_early = bool(set(body) & set(base.stop_ids))  # decoding would end at a stop token inside
         reachable = len(body) <= limit and not ends_early
-        out.append(Encoded(tuple(head), tuple(body + stop), reachable))
+        out.append(Encoded(tuple(head if apart else bare), tuple(body + stop), reachable))
     return out
 
 
@@ -110,25 +122,39 @@ def encode_task(base: Base, task: Task, examples: Sequence[Example], *, shots: i
 
 
 class Packed:
-    """Encoded examples as right-padded tensors, from which any rows make a batch for `Base.logits(ids, keep)`."""
+    """Encoded examples as right-padded tensors, from which any rows make a `Batch` for `Base.logits`.
 
-    def __init__(self, rows: Sequence[Encoded], device: torch.device | str):
-        longest = max(len(row) for row in rows)
-        ids = np.zeros((len(rows), longest), np.int32)
-        labels = np.full((len(rows), longest), -100, np.int32)
+    `lengths` (N,) are each row's tokens, and `parts` where they are read: in one row of a causal model, or the prompt's in
+    the encoder and the answer's in the decoder. `width` is what one row holds, padded to the longest of each part.
+    """
+
+    def __init__(self, rows: Sequence[Encoded], base: Base):
+        self.start, self.lengths = base.decoder_start, np.array([len(row) for row in rows])
+        self.starts = np.array([len(row.prompt) for row in rows])
+        together = self.start is None
+        self.parts = (self.lengths,) if together else (self.starts, self.lengths - self.starts)
+        self.width = sum(int(part.max()) for part in self.parts)
+        ids = np.zeros((len(rows), self.parts[0].max()), np.int32)
+        labels = np.full((len(rows), self.parts[-1].max()), -100, np.int32)
         for i, row in enumerate(rows):
-            start, end = len(row.prompt), len(row)
-            ids[i, :start], ids[i, start:end] = row.prompt, row.answer
-            labels[i, start - 1 : end - 1] = row.answer  # the logits one place before predict it
-        self.ids, self.labels = torch.from_numpy(ids).to(device), torch.from_numpy(labels).to(device)
-        self.starts, self.lengths = np.array([len(row.prompt) for row in rows]), np.array([len(row) for row in rows])
+            read = row.prompt + row.answer if together else row.prompt
+            first = len(row.prompt) - 1 if together else 0  # the logits one place before predict it
+            ids[i, : len(read)], labels[i, first : first + len(row.answer)] = read, row.answer
+        self.ids, self.labels = torch.from_numpy(ids).to(base.device), torch.from_numpy(labels).to(base.device)
 
-    def batch(self, index: np.ndarray) -> tuple[Tensor, Tensor, int]:
-        """ids (rows, T), labels (rows, keep) with −100 outside answers, and keep; padding trimmed to these rows."""
-        length = int(self.lengths[index].max())
-        keep = length - int(self.starts[index].min()) + 1
+    def batch(self, index: np.ndarray) -> Batch:
+        """These rows, with labels −100 outside answers; padding is trimmed to them."""
         where = torch.from_numpy(index).to(self.ids.device)
-        return self.ids[where, :length].long(), self.labels[where, length - keep : length].long(), keep
+        length, last = (int(part[index].max()) for part in (self.parts[0], self.parts[-1]))
+        ids = self.ids[where, :length].long()
+        if self.start is None:
+            keep = length - int(self.starts[index].min()) + 1
+            return Batch(ids, self.labels[where, length - keep : length].long(), keep)
+        labels = self.labels[where, :last].long()
+        mask = torch.arange(length) < torch.from_numpy(self.starts[index])[:, None]
+        decoder = labels.roll(1, 1).clamp(min=0)  # a label's padding is no token
+        decoder[:, 0] = self.start
+        return Batch(ids, labels, last, mask.to(ids.device), decoder)
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,11 +172,13 @@ def score(
     updates: Mapping[str, LowRank] | None = None,
     *,
     max_tokens: int | None = None,
+    loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = row_losses,
 ) -> Scores:
     """Score G groups of N examples each; group g under the g-th group of the updates.
 
     For a population of candidates on the same examples, repeat the list. Batches hold at most `max_tokens` tokens,
-    padding included (default 16,384 on a processor, 524,288 on a GPU).
+    padding included (default 16,384 on a processor, 524,288 on a GPU). `loss` of logits and labels gives sums and counts
+    per row, whose quotient is `Scores.loss`.
 
     Raises:
         MergeError: groups of unequal size, or updates that cannot be split among them.
@@ -169,29 +197,28 @@ def score(
     lists = {id(group): group for group in groups}
     first = dict(zip(lists, np.cumsum([0, *[count] * (len(lists) - 1)]).tolist(), strict=True))
     rows = [row for group in lists.values() for row in group]
-    packed, reach = Packed(rows, base.device), torch.tensor([row.reachable for row in rows])
+    packed, reach = Packed(rows, base), torch.tensor([row.reachable for row in rows])
     order = np.stack([np.argsort(packed.lengths[first[id(g)] : first[id(g)] + count], kind="stable") for g in groups])
     places = order + np.array([first[id(group)] for group in groups])[:, None]
-    longest = int(packed.lengths.max())
     unit = math.lcm(*(total // n for n in parts if n > 1))  # a batch never splits what one stack or candidate covers
-    chunk = max(unit, min(total, budget // longest) // unit * unit)
-    loss, match, tokens = torch.zeros(total, count), torch.zeros(total, count, dtype=torch.bool), 0
+    chunk = max(unit, min(total, budget // packed.width) // unit * unit)
+    losses, match, tokens = torch.zeros(total, count), torch.zeros(total, count, dtype=torch.bool), 0
     for start in range(0, total, chunk):
         stop = min(total, start + chunk)
-        step = max(1, budget // ((stop - start) * longest))
+        step = max(1, budget // ((stop - start) * packed.width))
         part = slice_groups(updates, start, stop, total) if updates and told > 1 else updates
         with compose(base.model, part) if part else nullcontext():
             for at in range(0, count, step):
                 index = places[start:stop, at : at + step]
-                ids, labels, keep = packed.batch(index.reshape(-1))
+                batch = packed.batch(index.reshape(-1))
                 tokens += int(packed.lengths[index].sum())
-                logits = base.next_token_logits(ids, keep)
-                sums, counts = row_losses(logits, labels)
-                right = _answers_right(logits.argmax(-1), labels, base.stop_ids).cpu()
+                logits = base.next_token_logits(batch)
+                sums, counts = loss(logits, batch.labels)
+                right = _answers_right(logits.argmax(-1), batch.labels, base.stop_ids).cpu()
                 where = torch.arange(start, stop)[:, None], torch.from_numpy(order[start:stop, at : at + step])
-                loss[where] = (sums / counts).cpu().view(index.shape)
+                losses[where] = (sums / counts).cpu().view(index.shape)
                 match[where] = (right & reach[index.reshape(-1)]).view(index.shape)
-    return Scores(loss, match, tokens)
+    return Scores(losses, match, tokens)
 
 
 def _answers_right(best: Tensor, labels: Tensor, stops: Sequence[int]) -> Tensor:

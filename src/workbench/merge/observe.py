@@ -5,17 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from workbench.adapters import Adapter
-from workbench.base import Base, check_fits
+from workbench.base import Base, Batch, check_fits
 from workbench.compose import compose, grouped
-from workbench.errors import BaseError, MergeError, TaskError
+from workbench.errors import MergeError, TaskError
 from workbench.evaluate import Encoded, Packed, encode_task, row_losses
 from workbench.merge.statistics import Rows, Statistics
 from workbench.stack import Stack
@@ -41,30 +43,27 @@ def collect(
 
     Each adapter is alone on the base (weight 1), many side by side in one pass. Prompt and answer are fed, as in training;
     rows are kept at all their tokens, in every module that any of the adapters has, and never at padding. Gradients are
-    those of −log p(answer | prompt), summed over the answer's tokens, example by example.
+    those of −log p(answer | prompt), summed over the answer's tokens, example by example. In an encoder–decoder, rows of
+    the encoder's modules, and of the cross-attention's keys and values, are the prompt's tokens; all others the answer's.
 
     Args:
         examples: adapter's name → a task (its training examples) or encoded examples; or one of these for all.
         gradients: keep them too (`fisher`); about three times the time, and up to three times the memory.
-        tokens: keep at most so many rows of each adapter, drawn evenly from all under `seed`. Not with gradients, where an
-            example needs all of its tokens: give fewer examples instead.
+        tokens: keep at most so many rows of each adapter, drawn evenly from all under `seed` (of an encoder's and of a
+            decoder's as many each). Not with gradients, where an example needs all of its tokens: give fewer examples
+            instead.
         max_tokens: of one batch, padding included (default 4,096 on a processor; 65,536 on a GPU, a quarter with gradients).
 
     Raises:
         TaskError: an adapter without examples.
         MergeError: tokens together with gradients, or a layer that does not see every token of every row.
         AdapterError: an adapter that does not fit the base.
-        BaseError: the base is an encoder–decoder.
     """
     if tokens is not None and (tokens < 1 or gradients):
         raise MergeError(
             f"tokens is {tokens}, expected at least 1"
             if not gradients
             else "the gradient of an example needs all of its tokens; leave tokens out, and give fewer examples instead"
-        )
-    if base.model.config.is_encoder_decoder:
-        raise BaseError(
-            f"{base.name} is an encoder–decoder; statistics can be collected on causal language models only"
         )
     adapters = adapters.stack() if hasattr(adapters, "stack") else adapters
     stack = adapters if isinstance(adapters, Stack) else Stack.of(adapters)
@@ -122,17 +121,18 @@ def _observed(
     names, g = [stack.names[i] for i in chunk], len(chunk)
     sizes = [len(lists[name]) for name in names]
     firsts = np.cumsum([0, *sizes[:-1]]).tolist()
-    packed = Packed([row for name in names for row in lists[name]], base.device)
-    wanted = np.arange(packed.ids.shape[1]) < packed.lengths[:, None]
+    packed = Packed([row for name in names for row in lists[name]], base)
+    wanted = [np.arange(part.max() + 1) < part[:, None] for part in packed.parts]
     index = np.full((g, max(sizes)), -1)
     for k, (name, first, n) in enumerate(zip(names, firsts, sizes, strict=True)):
         index[k, :n] = first + np.argsort(packed.lengths[first : first + n], kind="stable")
-        row, column = wanted[first : first + n].nonzero()
-        if tokens is not None and len(row) > tokens:
-            drawn = random.Random(f"{name}|tokens|{seed}").sample(range(len(row)), tokens)
-            wanted[first : first + n] = False
-            wanted[first + row[drawn], column[drawn]] = True
-    step = max(1, budget // (g * int(packed.lengths.max())))
+        for part in wanted:
+            row, column = part[first : first + n].nonzero()
+            if tokens is not None and len(row) > tokens:
+                drawn = random.Random(f"{name}|tokens|{seed}").sample(range(len(row)), tokens)
+                part[first : first + n] = False
+                part[first + row[drawn], column[drawn]] = True
+    step = max(1, budget // (g * packed.width))
     kept: dict[str, list] = {module: [] for module in stack.modules}  # one (x, g, example) a call, each by group
     with compose(base.model, grouped([stack.adapter(i) for i in chunk], base.device)):
         layers = dict(base.model.named_modules())
@@ -140,27 +140,35 @@ def _observed(
         for at in range(0, index.shape[1], step):
             part = index[:, at : at + step].reshape(-1)
             rows = np.maximum(part, 0)
-            ids, labels, keep = packed.batch(rows)
-            if head:  # its inputs at all tokens, not at the answers alone
-                keep = ids.shape[1]
+            batch = packed.batch(rows)
+            if head and batch.decoder is None:  # its inputs at all tokens, not at the answers alone
+                keep = batch.ids.shape[1]
                 labels = packed.labels[torch.from_numpy(rows).to(base.device), :keep].long()
-            mask = wanted[rows, : ids.shape[1]] & (part >= 0)[:, None]
+                batch = replace(batch, labels=labels, keep=keep)
+            elif not gradients:
+                batch = replace(batch, labels=batch.labels[:, -1:], keep=1)
+            batch = _told_apart(batch)
             number = at + np.arange(len(part)) % (len(part) // g)
-            with _watching(layers, stack.modules, mask, g, gradients, base.device) as watch:
-                logits = base.logits(ids, keep if gradients or head else 1)
+            views = []
+            for ids, every in zip((batch.ids, batch.decoder), wanted, strict=False):
+                mask = every[rows, : ids.shape[1]] & (part >= 0)[:, None]
+                where, counts = torch.from_numpy(mask.ravel().nonzero()[0]), mask.reshape(g, -1).sum(1).tolist()
+                example = torch.from_numpy(np.repeat(number, mask.sum(1))).split(counts)
+                views.append(_View(ids, where.to(base.device), counts, example))
+            with _watching(layers, stack.modules, views, gradients) as watch:
+                logits = base.logits(batch)
             back: Sequence = ()
             if gradients:
-                loss = row_losses(logits, labels)[0].sum()
-                outputs = [y for calls in watch.seen.values() for _, y in calls]
+                loss = row_losses(logits, batch.labels)[0].sum()
+                outputs = [y for calls in watch.seen.values() for _, _, y in calls]
                 back = torch.autograd.grad(loss, outputs, allow_unused=True, materialize_grads=True)
-            example = torch.from_numpy(np.repeat(number, mask.sum(1))).split(watch.counts)
             left = iter(back)
             for module, calls in watch.seen.items():
                 if not calls:
                     raise MergeError(f"{module} was never run by the base, so nothing is known of its inputs")
                 kept[module] += [
-                    (x, watch.pick(next(left), module) if gradients else None, example if gradients else None)
-                    for x, _ in calls
+                    (x, view.pick(next(left)) if gradients else None, view.example if gradients else None)
+                    for x, view, _ in calls
                 ]
     joined: dict[tuple[int, ...], Tensor] = {}
 
@@ -181,45 +189,67 @@ def _observed(
     }
 
 
-class _Watch:
-    """What the hooks of one batch saw: `seen`, module → one (rows of x by group, output) a call."""
+def _told_apart(batch: Batch) -> Batch:
+    """A batch whose encoder reads one more column of padding where its decoder reads as many, so that each shows."""
+    if batch.decoder is None or batch.ids.shape[1] != batch.decoder.shape[1]:
+        return batch
+    return replace(batch, ids=pad(batch.ids, (0, 1)), mask=pad(batch.mask, (0, 1)))
 
-    def __init__(self, modules: Sequence[str], mask: np.ndarray, groups: int, device: torch.device):
-        self.tokens, self.counts = mask.size, mask.reshape(groups, -1).sum(1).tolist()
-        self.where = torch.from_numpy(mask.ravel().nonzero()[0]).to(device)
-        self.seen: dict[str, list] = {module: [] for module in modules}
-        self.last: tuple = (None, ())
 
-    def pick(self, tensor: Tensor, module: str) -> Sequence[Tensor]:
-        """The wanted rows of (rows, tokens, width), or of ids (rows, tokens), by group, in main memory."""
+@dataclass(frozen=True)
+class _View:
+    """What some layers see of a batch: ids (rows, tokens), and which of all these places are kept.
+
+    where are their numbers, counts how many there are of each group, and example whose they are, by group.
+    """
+
+    ids: Tensor
+    where: Tensor
+    counts: list[int]
+    example: Sequence[Tensor]
+
+    def shows(self, tensor: Tensor) -> bool:
+        """Does it hold one row for each token? Whole numbers must be the tokens themselves."""
+        flat = tensor[..., 0] if tensor.is_floating_point() else tensor
+        same = flat.numel() == self.ids.numel()
+        return same and (tensor.is_floating_point() or torch.equal(tensor.view_as(self.ids), self.ids))
+
+    def pick(self, tensor: Tensor) -> Sequence[Tensor]:
+        """The rows kept of (rows, tokens, width), or of ids (rows, tokens), by group, in main memory."""
         flat = tensor.detach().reshape(-1, tensor.shape[-1]) if tensor.is_floating_point() else tensor.reshape(-1)
-        if len(flat) != self.tokens:
-            raise MergeError(
-                f"{module} was given {tuple(tensor.shape)} for {self.tokens} tokens; only a layer that sees every token of "
-                "every row can be observed, so leave adapters of it out"
-            )
         return flat[self.where].cpu().split(self.counts)
 
+
+class _Watch:
+    """What the hooks of one batch saw: `seen`, module → one (rows of x by group, view, output) a call."""
+
+    def __init__(self, modules: Sequence[str], views: Sequence[_View]):
+        self.views, self.seen = views, {module: [] for module in modules}
+        self.last: list[tuple] = [(None, ())] * len(views)
+
     def see(self, module: str, gradients: bool, _, args: tuple, y: Tensor) -> Tensor:
-        if args[0] is not self.last[0]:  # q, k and v read one tensor, and share what is kept of it
-            self.last = args[0], self.pick(args[0], module)
+        x = args[0]
+        k = next((k for k, view in enumerate(self.views) if view.shows(x)), None)
+        if k is None:
+            wanted = " or ".join(str(view.ids.numel()) for view in self.views)
+            raise MergeError(
+                f"{module} was given {tuple(x.shape)} for {wanted} tokens; only a layer that sees every token of "
+                "every row can be observed, so leave adapters of it out"
+            )
+        if x is not self.last[k][0]:  # q, k and v read one tensor, and share what is kept of it
+            self.last[k] = x, self.views[k].pick(x)
         if gradients and not y.requires_grad:  # nothing before it is watched, and the base is frozen
             y = y.detach().requires_grad_()
-        self.seen[module].append((self.last[1], y if gradients else None))
+        self.seen[module].append((self.last[k][1], self.views[k], y if gradients else None))
         return y
 
 
 @contextmanager
 def _watching(
-    layers: Mapping[str, nn.Module],
-    modules: Sequence[str],
-    mask: np.ndarray,
-    groups: int,
-    gradients: bool,
-    device: torch.device,
+    layers: Mapping[str, nn.Module], modules: Sequence[str], views: Sequence[_View], gradients: bool
 ) -> Iterator[_Watch]:
     """Hooks on the modules, behind those of `compose`, while the context is open."""
-    watch = _Watch(modules, mask, groups, device)
+    watch = _Watch(modules, views)
     handles = []
     try:
         for module in modules:
@@ -229,4 +259,4 @@ def _watching(
     finally:
         for handle in handles:
             handle.remove()
-        watch.last = (None, ())
+        watch.last = []
