@@ -66,7 +66,7 @@ class Pool:
         self._written = said.pop() if len(said) == 1 else base  # aliases of one base would not stack
         self._kept: dict[str, Adapter] = {}
         self._room = KEPT_IN_MEMORY
-        self.rankings: WeakKeyDictionary = WeakKeyDictionary()  # base → what `select.rank_adapters` found before
+        self.rankings: WeakKeyDictionary = WeakKeyDictionary()  # base → what `select` found and trained before
         for n in self.names:
             if self._verdicts[n].adapter is not None:
                 self._keep(self._verdicts[n].adapter)
@@ -214,12 +214,12 @@ class Pool:
             raise SelectionError(none if names is None else "the selection is empty: name at least one adapter")
         return Stack.of([self.adapter(name) for name in chosen])
 
-    def select(self, how: str, k: int, *, task=None, base=None, seed: int = 0, skip: int = 0) -> Stack:
+    def select(self, how: str, k: int, *, task=None, base=None, seed: int = 0, skip: int = 0, target=None) -> Stack:
         """k adapters chosen by a method of `select.SELECTIONS`, best first, as a stack.
 
         Args:
-            how: "random" (under `seed`) or "evaluation" (by accuracy on the task's training examples; needs `task` and
-                the `Base` as `base`).
+            how: "random" (under `seed`), "evaluation" (by accuracy on the task's training examples; needs `task` and
+                the `Base` as `base`), or another of `select`, such as "cosine" to the `target` trained on the task.
             skip: leave out the first `skip` of the ranking (recycling study, relevance: windows of it).
 
         Raises:
@@ -228,7 +228,7 @@ class Pool:
         """
         from workbench.select import choose
 
-        return self.stack(choose(self, how, k, task=task, base=base, seed=seed, skip=skip))
+        return self.stack(choose(self, how, k, task=task, base=base, seed=seed, skip=skip, target=target))
 
     @cached_property
     def digest(self) -> str:
