@@ -55,12 +55,71 @@ def test_curves_bars_heatmap_and_units_show_the_table():
     assert len(plots.units(axes[1, 1], flat, by="operation", most=2)) == 3  # two operations, and the rest in grey
 
 
+REPORT = pd.DataFrame(
+    {
+        "n_train": [10, 10, 10, 80, 80],
+        "recipe": ["ties", "lego", "zero-shot", "ties", "lego"],
+        "control_difference": [0.2, -0.1, float("nan"), 0.3, 0.0],
+        "control_low": [0.1, -0.3, float("nan"), 0.2, float("nan")],
+        "control_high": [0.4, 0.1, float("nan"), 0.5, float("nan")],
+        "control_holm": [0.049, 0.05, float("nan"), 0.0, float("nan")],
+    }
+)
+
+
+def filled(marks):
+    return [tuple(face) != (1, 1, 1, 1) for face in marks.get_facecolors()]
+
+
+def test_a_forest_has_a_row_per_recipe_and_fills_what_is_significant():
+    _, ax = plots.figure()
+    ten, eighty = plots.forest(ax, REPORT, series="n_train", label="difference")
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["ties", "lego"]  # a baseline has no control
+    assert ax.get_ylim() == (1.5, -0.5)  # the first on top
+    assert [ten.get_offsets()[:, 0].tolist(), eighty.get_offsets()[:, 0].tolist()] == [[0.2, -0.1], [0.3, 0.0]]
+    rows = [ten.get_offsets()[:, 1].tolist(), eighty.get_offsets()[:, 1].tolist()]
+    assert rows == [pytest.approx([-0.175, 0.825]), pytest.approx([0.175, 1.175])]
+    assert [filled(ten), filled(eighty)] == [[True, False], [True, False]]
+    assert [ten.get_label(), eighty.get_label()] == ["10", "80"]
+    assert ten.get_paths()[0].vertices.shape != eighty.get_paths()[0].vertices.shape  # told apart without colour
+    zero, lines = ax.lines[0], [c for c in ax.collections if c not in (ten, eighty)]
+    assert list(zero.get_xdata()) == [0, 0]
+    assert [segment[:, 0].tolist() for segment in lines[0].get_segments()] == [[0.1, 0.4], [-0.3, 0.1]]
+    assert [segment[0, 1] for segment in lines[0].get_segments()] == pytest.approx([-0.175, 0.825])
+    _, ax = plots.figure()
+    new = REPORT[REPORT.n_train == 10].rename(columns=lambda name: name.replace("control_", "new_"))
+    (marks,) = plots.forest(ax, new, against="new", alpha=0.051)
+    assert filled(marks) == [True, True]
+    assert marks.get_offsets()[:, 1].tolist() == [0, 1]
+    ax.figure.canvas.draw()
+    with pytest.raises(
+        WorkbenchError, match="more than one row of 'ties' has control_difference; expected one per recipe"
+    ):
+        plots.forest(ax, REPORT)
+    with pytest.raises(WorkbenchError, match="no recipe has control_difference"):
+        plots.forest(ax, REPORT[REPORT.recipe == "zero-shot"])
+
+
+def test_importance_has_a_bar_per_term_and_none_for_the_residual():
+    table = pd.DataFrame({"term": ["k", "a × b", "residual"], "omega2": [0.3, -0.01, float("nan")], "holm": [0.01, 0.5, float("nan")], "share": [0.5, 0.1, 0.4]})  # fmt: skip
+    _, ax = plots.figure()
+    bars = plots.importance(ax, table)
+    assert [bar.get_width() for bar in bars] == [0.3, -0.01]
+    assert [bar.get_facecolor() != (1, 1, 1, 1) for bar in bars] == [True, False]
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["k", "a × b"]
+    assert ax.get_ylim() == (1.5, -0.5)
+    assert [bar.get_width() for bar in plots.importance(ax, table, value="share", label="share")] == [0.5, 0.1]
+    assert ax.get_xlabel() == "share"
+
+
 @pytest.mark.parametrize(
     "draw",
     [
         lambda ax, t: plots.intervals(ax, t.drop(columns="low"), x="kind"),
         lambda ax, t: plots.curves(ax, t, x="steps", series="who"),
         lambda ax, t: plots.units(ax, t, by="who"),
+        lambda ax, t: plots.forest(ax, t.rename(columns={"who": "recipe"})),
+        lambda ax, t: plots.importance(ax, t),
     ],
 )
 def test_a_missing_column_is_named(draw):

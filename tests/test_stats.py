@@ -1,5 +1,8 @@
-"""The cluster bootstrap against enumeration, closed forms and its coverage in a simulation; pairs of recipes."""
+"""The cluster bootstrap against enumeration, closed forms and its coverage in a simulation; pairs of recipes; the report
+against scipy's permutation test and Holm by hand; analysis of variance against sums of squares and dense algebra.
+"""
 
+import gc
 import itertools
 
 import numpy as np
@@ -7,9 +10,18 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats as reference
 
 from workbench.errors import WorkbenchError
-from workbench.stats import bootstrap, paired
+from workbench.stats import bootstrap, importance, paired, report
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen():
+    """statsmodels collects garbage at every Holm; with the imported packages frozen that takes no time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def table(values, clusters, **columns):
@@ -183,3 +195,370 @@ def test_no_pair():
     with pytest.raises(WorkbenchError, match="rows have no accuracy"):
         paired(holed, "a", "b")
     assert len(paired(holed, "a", "c")) == 1
+
+
+RECIPES = (("ties", "evaluation", 10, "{}"), ("ties", "random", 10, "{}"), ("lego", "random", 5, '{"rank": 4}'))
+
+
+def compared(operations=7, per=2, seeds=(0, 1), sizes=(10, 80), lift=0.1, controls=("sigma",), rng=0):
+    """As from `compare`: three recipes, their controls and two baselines; each operation shifts all of its rows."""
+    rng = np.random.default_rng(rng)
+    effect = rng.normal(0, 0.1, operations)
+    rows = []
+    for o, t, seed, n in itertools.product(range(operations), range(per), seeds, sizes):
+        same = {"task": f"task {o}-{t}", "operation": f"op{o}", "kind": f"kind{o % 2}", "seed": seed, "n_train": n}
+        blank = {"select": "", "k": 0, "options": "{}", "control": ""}
+        for name in ("zero-shot", "new adapter"):
+            rows.append({**same, "recipe": name, "method": name, **blank, "accuracy": rng.uniform()})
+        for i, (method, select, k, options) in enumerate(RECIPES):
+            what = {"method": method, "select": select, "k": k, "options": options}
+            label = f"{method}, {select} {k}"
+            sham = rng.uniform()
+            gain = i * lift + effect[o] + rng.normal(0, 0.05)
+            rows.append({**same, "recipe": label, **what, "control": "", "accuracy": sham + gain})
+            for shift, control in enumerate(controls):
+                named = {"recipe": f"{label}, random ({control})", "control": control, "accuracy": sham + shift}
+                rows.append({**same, **what, **named})
+    return pd.DataFrame(rows).sample(frac=1, random_state=1, ignore_index=True)
+
+
+def holm(p):
+    """By hand: the i-th smallest of m times m − i + 1, never less than those before, at most 1."""
+    order = np.argsort(p)
+    stepped = np.maximum.accumulate(np.asarray(p)[order] * np.arange(len(p), 0, -1)).clip(max=1)
+    return stepped[np.argsort(order)]
+
+
+def test_a_report_is_the_paired_differences_with_scipy_s_p_and_holm_by_hand():
+    frame = compared()
+    out = report(frame)
+    assert len(out) == 5 * 2
+    assert set(out.recipe) == {"zero-shot", "new adapter", "ties, evaluation 10", "ties, random 10", "lego, random 5"}
+    means = bootstrap(frame[frame.control == ""], ["n_train", "recipe"]).set_index(["n_train", "recipe"])
+    for row in out.to_dict("records"):
+        assert dict(means.loc[(row["n_train"], row["recipe"])]) == {name: row[name] for name in means.columns}
+        part = frame[frame.n_train == row["n_train"]]
+        for name, other in (("control", f"{row['recipe']}, random (sigma)"), ("new", "new adapter")):
+            if (name == "control" and row["recipe"] in ("zero-shot", "new adapter")) or row["recipe"] == other:
+                assert np.isnan([row[f"{name}_{c}"] for c in ("difference", "low", "high", "p", "holm")]).all()
+                assert row[f"{name}_rows"] == 0
+                continue
+            (want,) = paired(part, row["recipe"], other).to_dict("records")
+            got = [row[f"{name}_{c}"] for c in ("difference", "low", "high", "rows")]
+            assert got == pytest.approx([want[c] for c in ("mean", "low", "high", "rows")])
+            here, there = (part[part.recipe == r].groupby("operation").accuracy.mean() for r in (row["recipe"], other))
+            scipys = reference.permutation_test(
+                (here - there,), np.mean, permutation_type="samples", n_resamples=np.inf
+            ).pvalue
+            assert row[f"{name}_p"] == pytest.approx(scipys)
+    for name, tests in (("control", 6), ("new", 8)):
+        known = out[out[f"{name}_p"].notna()]
+        assert len(known) == tests
+        np.testing.assert_allclose(known[f"{name}_holm"], holm(known[f"{name}_p"]))
+    assert out.control_p.min() == 2 / 2**7  # the gain of 0.2 shows in all seven operations: the least p that there is
+    pd.testing.assert_frame_equal(out, report(frame))
+
+
+def test_unequal_clusters_are_flipped_with_the_weight_that_they_have_in_the_mean():
+    frame = compared(operations=6, seeds=(0,), sizes=(10,))
+    frame = frame[~frame.task.isin(["task 0-1", "task 3-1", "task 4-1"])]
+    (row,) = report(frame)[lambda t: t.recipe == "ties, evaluation 10"].to_dict("records")
+    here, there = (
+        frame[frame.recipe == "ties, evaluation 10" + end].set_index("task") for end in ("", ", random (sigma)")
+    )
+    sums = (here.accuracy - there.accuracy).groupby(here.operation).sum().to_numpy()
+    means = np.array([np.dot(signs, sums) / 9 for signs in itertools.product((-1, 1), repeat=6)])
+    assert row["control_rows"] == 9
+    assert row["control_difference"] == pytest.approx(sums.sum() / 9)
+    assert row["control_p"] == pytest.approx((abs(means) >= abs(sums.sum() / 9) - 1e-12).mean())
+    assert row["control_p"] > 2 / 2**6
+
+
+def test_many_clusters_are_flipped_at_random():
+    """Eleven clusters have 1,024 flips up to sign: exact, or 1,000 drawn; eighty only drawn, never zero."""
+    frame = compared(operations=11, per=1, seeds=(0,), sizes=(10,), lift=0.02)
+    exact, drawn = (report(frame, permutations=n) for n in (1024, 1000))
+    assert 0 < abs(exact.control_p - drawn.control_p).max() < 0.06
+    assert (exact.control_p * 1024).dropna().tolist() == (exact.control_p * 1024).dropna().round().tolist()
+    assert (drawn.control_p * 1001).dropna().tolist() == pytest.approx((drawn.control_p * 1001).dropna().round())
+    assert not report(frame, permutations=1000, seed=1).control_p.equals(drawn.control_p)
+    many = report(compared(operations=80, per=1, seeds=(0,), sizes=(10,), lift=1.0), permutations=500)
+    assert many.control_p.min() == 1 / 501
+    state = np.random.get_state()[1].copy()
+    report(frame, permutations=500)
+    assert np.array_equal(state, np.random.get_state()[1])
+
+
+def simulated(frame, rounds, rng, mean, spread, noise):
+    """Rounds of a comparison in one table: each operation gains its own amount, each row has its own noise."""
+    many = pd.concat([frame.assign(round=i) for i in range(rounds)], ignore_index=True)
+    each = many["round"].astype(str) + many.operation
+    gains = dict(zip(each.unique(), rng.normal(mean, spread, each.nunique()), strict=True))
+    many["accuracy"] = 0.5 + (many.control == "") * each.map(gains) + rng.normal(0, noise, len(many))
+    return many.assign(row=many.task + many.seed.astype(str))
+
+
+def test_p_is_uniform_where_there_is_no_difference():
+    """Twelve operations of correlated tasks: rejected as often as said; tests by rows reject far more often."""
+    frame = compared(operations=12, per=3, seeds=(0,), sizes=(10,))
+    many = simulated(frame[frame.method == "lego"], 150, np.random.default_rng(4), 0, 0.2, 0.05)
+    settings = {"by": ["round"], "reference": "", "draws": 10, "permutations": 2048}
+    by_cluster, by_row = (report(many, cluster=c, **settings).control_p for c in ("operation", "row"))
+    assert len(by_cluster) == 150
+    assert reference.kstest(by_cluster, "uniform").pvalue > 0.01
+    assert (by_row < 0.05).mean() > 0.15
+
+
+def test_the_difference_s_interval_covers_the_truth_whatever_the_seeds():
+    """Operations differ in what a recipe gains; four seeds a task are no more operations than one."""
+    frame = compared(operations=16, per=2, seeds=(0, 1, 2, 3), sizes=(10,))
+    many = simulated(frame[frame.method == "lego"], 120, np.random.default_rng(5), 0.1, 0.2, 0.1)
+    settings = {"by": "round", "reference": "", "draws": 300, "permutations": 10}
+    right, narrow = (report(many, cluster=c, **settings) for c in ("operation", "row"))
+    assert 0.86 <= ((right.control_low <= 0.1) & (right.control_high >= 0.1)).mean() <= 0.99
+    assert ((narrow.control_low <= 0.1) & (narrow.control_high >= 0.1)).mean() < 0.7
+
+
+def test_repeating_a_seed_changes_neither_interval_nor_p():
+    once = compared(seeds=(0,))
+    more = pd.concat([once.assign(seed=seed) for seed in range(4)])
+    a, b = report(once), report(more)
+    columns = [c for c in a if c not in ("rows", "control_rows", "new_rows")]
+    pd.testing.assert_frame_equal(a[columns], b[columns])
+    assert (b.rows == 4 * a.rows).all()
+
+
+def test_controls_are_found_by_what_a_recipe_is_and_not_by_its_label():
+    frame = compared()
+    want = report(frame)
+    renamed = frame.copy()
+    renamed.loc[renamed.control == "sigma", "recipe"] = (
+        "control of " + renamed.method + renamed["select"] + renamed.options
+    )
+    pd.testing.assert_frame_equal(report(renamed), want)
+    sham = frame.control == "sigma"
+    holed = frame.assign(skip=np.where(sham, np.nan, 0), own=np.where(sham, None, False), k=frame.k.astype(float))
+    holed = holed.assign(control=frame.control.where(sham).astype("category"), tune=np.where(sham, None, "{}"))
+    pd.testing.assert_frame_equal(report(holed), want)
+    holed["options"] = holed.options.where(holed.options != "{}", None)
+    pd.testing.assert_frame_equal(report(holed), want)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("skip", 2), ("own", True), ("tune", '{"density": [0.1, 0.5]}'), ("k", 11)]
+)
+def test_recipes_that_differ_in_one_thing_have_their_own_controls(column, value):
+    frame = compared().assign(skip=0, own=False, tune="{}")
+    twin = frame[frame.method == "lego"].copy()
+    twin[column] = value
+    twin["recipe"] = "twin " + twin.recipe
+    twin.loc[twin.control == "sigma", "accuracy"] -= 1
+    out = report(pd.concat([frame, twin])).set_index(["n_train", "recipe"]).control_difference
+    for n in (10, 80):
+        assert out[n, "twin lego, random 5"] == pytest.approx(out[n, "lego, random 5"] + 1)
+    lone = report(pd.concat([frame, twin[twin.control == ""]])).set_index("recipe").loc["twin lego, random 5"]
+    assert lone.control_rows.tolist() == [0, 0]
+    assert lone.control_p.isna().all()
+
+
+def test_other_controls_references_groups_and_leaving_out():
+    frame = compared(controls=("sigma", "sigma but own"))
+    sigma, own = (report(frame, control=control) for control in ("sigma", "sigma but own"))
+    np.testing.assert_allclose(own.control_difference, sigma.control_difference - 1)
+    assert not [c for c in report(frame, control="") if c.startswith("control")]
+    bare = report(frame.drop(columns=["method", "select", "k", "options"]).assign(**dict.fromkeys(["method", "select", "k", "options"], "")).loc[lambda t: t.control == ""].iloc[:0:-1].drop_duplicates(["task", "seed", "n_train"]), control="", reference="")  # fmt: skip
+    assert list(bare.columns) == ["n_train", "recipe", "mean", "low", "high", "rows", "clusters"]
+    zero = report(frame, reference="zero-shot", by=()).set_index("recipe")
+    (want,) = paired(frame, "new adapter", "zero-shot").to_dict("records")
+    assert zero.loc["new adapter", "new_difference"] == pytest.approx(want["mean"])
+    assert (zero.loc["new adapter", "new_low"], zero.loc["new adapter", "new_rows"]) == (want["low"], 56)
+    kinds = report(frame, by=["kind", "n_train"])
+    assert len(kinds) == 20
+    assert set(kinds.clusters) == {3, 4}
+    alone = report(frame[frame.kind == "kind1"], by=["kind", "n_train"]).set_index(["n_train", "recipe"])
+    whole = kinds[kinds.kind == "kind1"].set_index(["n_train", "recipe"])
+    np.testing.assert_allclose(alone.control_low, whole.control_low)
+    np.testing.assert_allclose(alone.new_p, whole.new_p)
+    assert (whole.control_holm.dropna() >= alone.control_holm.dropna()).all()  # twice as many tests
+    single = report(frame[frame.operation == "op1"], by="n_train")
+    assert single.control_p.isna().all()
+    assert single.control_difference.notna().sum() == 6
+
+
+def test_what_cannot_be_reported_is_said():
+    frame = compared()
+    with pytest.raises(WorkbenchError, match="no column 'method', 'options'"):
+        report(frame.drop(columns=["method", "options"]))
+    with pytest.raises(WorkbenchError, match="no column 'seed'"):
+        report(frame.drop(columns="seed"))
+    with pytest.raises(WorkbenchError, match="no column 'stratum'"):
+        report(frame, by=["stratum"])
+    with pytest.raises(WorkbenchError, match="1 of 448 rows have no accuracy"):
+        report(frame.assign(accuracy=frame.accuracy.where(frame.index != 3)))
+    with pytest.raises(WorkbenchError, match="no row has control 'norm'; there are 'sigma'; control='' leaves"):
+        report(frame, control="norm")
+    with pytest.raises(WorkbenchError, match=r"no row has recipe 'old adapter'; there are .*'zero-shot'; reference=''"):
+        report(frame, reference="old adapter")
+    with pytest.raises(WorkbenchError, match="no recipe without a control"):
+        report(frame[frame.control == "sigma"])
+    for part in (frame[frame.control == ""], frame[frame.control == "sigma"]):
+        again = pd.concat([frame, part.iloc[[0]], part.iloc[[0]]])
+        where = f"task {part.task.iloc[0]}, seed {part.seed.iloc[0]}, n_train {part.n_train.iloc[0]}"
+        with pytest.raises(WorkbenchError, match=f"3 rows are of .* with {where}, expected one; .* in `by`"):
+            report(again)
+        again["draw"] = np.maximum(0, np.arange(len(again)) - len(frame) + 1)
+        assert len(report(again, by=["n_train", "draw"], reference="")) > len(report(frame)) - 1
+    with pytest.raises(WorkbenchError, match=r"5 rows are of .* with task"):  # five labels of one recipe
+        report(frame.assign(method="ties", select="random", k=10, options="{}"))
+    apart = frame[(frame.seed == 0) == (frame.control == "sigma")]
+    with pytest.raises(WorkbenchError, match="shares task, seed, n_train with a row of control 'sigma': no pairs"):
+        report(apart, reference="")
+    with pytest.raises(WorkbenchError, match="a row of recipe 'new adapter': no pairs"):
+        report(frame[(frame.seed == 0) == (frame.recipe == "new adapter")], control="")
+
+
+def test_the_optimism_of_a_picked_adapter_is_a_bootstrap():
+    """Twenty adapters alike in truth: the best of them on eight examples looks better than it is, by the mean maximum."""
+    rng, tasks, adapters, shown = np.random.default_rng(0), 200, 20, 8
+    frame = pd.DataFrame({"task": np.repeat(np.arange(tasks), adapters), "operation": np.repeat(np.arange(tasks) % 40, adapters)})  # fmt: skip
+    frame["apparent"] = rng.binomial(shown, 0.5, len(frame)) / shown
+    frame["honest"] = rng.binomial(400, 0.5, len(frame)) / 400
+    picked = frame.loc[frame.groupby("task").apparent.idxmax()]
+    (row,) = bootstrap(picked.assign(optimism=picked.apparent - picked.honest), (), "optimism").to_dict("records")
+    below = reference.binom(shown, 0.5).cdf(np.arange(shown)) ** adapters
+    expected = (shown - below.sum()) / shown - 0.5  # E max = Σ P(max > i)
+    assert row["low"] < expected < row["high"]
+    assert row["low"] > 0.25
+    assert (row["rows"], row["clusters"]) == (tasks, 40)
+
+
+def design(rng, rows=400, tasks=12, levels=(3, 4, 2), **effects):
+    """A random search: every row draws its options and its task; a is worth 0.1 a level, tasks differ by much."""
+    frame = pd.DataFrame({name: rng.integers(0, n, rows) for name, n in zip("abc", levels, strict=True)})
+    frame["task"], frame["seed"] = rng.integers(0, tasks, rows), rng.integers(0, 2, rows)
+    hard = rng.normal(0, 1, (tasks, 2))[frame.task, frame.seed]
+    frame["accuracy"] = hard + sum(size * frame[name] for name, size in effects.items()) + rng.normal(0, 0.3, rows)
+    return frame
+
+
+def residual(y, *columns):
+    """Residual sum of squares of y on the dummies of the columns, by float64 least squares."""
+    X = np.column_stack([np.ones(len(y)), *(pd.get_dummies(c, dtype=float).to_numpy() for c in columns)])
+    return float(((y - X @ np.linalg.lstsq(X, y, rcond=None)[0]) ** 2).sum()), np.linalg.matrix_rank(X)
+
+
+def test_two_balanced_factors_against_the_closed_form():
+    rng, (na, nb, n) = np.random.default_rng(0), (3, 4, 5)
+    y = rng.normal(size=(na, nb, n)) + np.arange(na)[:, None, None]
+    a, b, _ = np.indices(y.shape)
+    frame = pd.DataFrame({"a": [f"level {i}" for i in a.ravel()], "b": b.ravel() * 10, "loss": y.ravel()})
+    out = importance(frame, ["a", "b"], "loss", block=(), interactions=True).set_index("term")
+    by_a, by_b, cell = y.mean((1, 2)), y.mean((0, 2)), y.mean(2)
+    want = {
+        "a": nb * n * ((by_a - y.mean()) ** 2).sum(),
+        "b": na * n * ((by_b - y.mean()) ** 2).sum(),
+        "a × b": n * ((cell - by_a[:, None] - by_b + y.mean()) ** 2).sum(),
+        "residual": ((y - cell[:, :, None]) ** 2).sum(),
+    }
+    assert out.sum_of_squares.to_dict() == pytest.approx(want)
+    assert out.df.to_dict() == {"a": 2, "b": 3, "a × b": 6, "residual": 48}
+    assert out.share.sum() == pytest.approx(1)  # balanced
+    mse = want["residual"] / 48
+    for term, df in (("a", 2), ("b", 3), ("a × b", 6)):
+        row, f = out.loc[term], want[term] / df / mse
+        assert (row.F, row.p) == pytest.approx((f, reference.f.sf(f, df, 48)))
+        assert row.partial_eta2 == pytest.approx(want[term] / (want[term] + want["residual"]))
+        assert row.omega2 == pytest.approx((want[term] - df * mse) / (want[term] + (60 - df) * mse))
+    tested = out.drop("residual")
+    np.testing.assert_allclose(tested.holm, holm(tested.p))
+    assert out.index[0] == "a"
+    assert out.index[-1] == "residual"
+    assert out.loc["residual", ["F", "p", "holm", "partial_eta2", "omega2"]].isna().all()
+
+
+def test_balanced_blocks_come_out_of_the_residual():
+    """Randomised blocks: the block's sum of squares is neither a factor's nor the residual's."""
+    y = np.random.default_rng(1).normal(size=(3, 2, 8)) + 5 * np.arange(8)
+    a, b, t = np.indices(y.shape)
+    frame = pd.DataFrame({"a": a.ravel(), "b": b.ravel(), "task": t.ravel(), "seed": 0, "accuracy": y.ravel()})
+    out = importance(frame, ["a", "b"]).set_index("term")
+    inside = y - y.mean((0, 1))
+    by_a, by_b = inside.mean((1, 2)), inside.mean((0, 2))
+    rest = ((inside - by_a[:, None, None] - by_b[None, :, None]) ** 2).sum()
+    want = {"a": 16 * (by_a**2).sum(), "b": 24 * (by_b**2).sum(), "residual": rest}
+    assert out.sum_of_squares.to_dict() == pytest.approx(want)
+    assert out.df.to_dict() == {"a": 2, "b": 1, "residual": 48 - 8 - 3}
+    assert out.share.to_dict() == pytest.approx({name: ss / (inside**2).sum() for name, ss in want.items()})
+
+
+def test_one_factor_and_no_block_is_f_oneway():
+    frame = design(np.random.default_rng(2), a=0.1)
+    row = importance(frame, ["a"], block=()).iloc[0]
+    want = reference.f_oneway(*(part.accuracy for _, part in frame.groupby("a")))
+    assert (row.F, row.p, row.holm) == pytest.approx((want.statistic, want.pvalue, want.pvalue))
+
+
+@pytest.mark.parametrize("rows", [90, 400])
+def test_a_search_drawn_at_random_against_dense_algebra(rows):
+    """Type II by differences of residual sums of squares: with the term, and without it and all that contains it."""
+    frame = design(np.random.default_rng(rows), rows=rows, a=0.1)
+    y, task = frame.accuracy.to_numpy(), frame.task.astype(str) + "/" + frame.seed.astype(str)
+    cells = {"a": frame.a, "b": frame.b, "c": frame.c, "a × b": frame.a * 10 + frame.b}
+    out = importance(frame.sample(frac=1, random_state=0), ["a", "b", "c"], interactions=[("a", "b")]).set_index("term")
+    full, rank = residual(y, task, *cells.values())
+    assert out.loc["residual", "sum_of_squares"] == pytest.approx(full)
+    assert out.loc["residual", "df"] == rows - rank
+    for term, others in {"a": "bc", "b": "ac", "c": ["a × b"], "a × b": "abc"}.items():
+        without, low = residual(y, task, *(cells[name] for name in others))
+        with_it, high = residual(y, task, cells[term], *(cells[name] for name in others))
+        assert out.loc[term, "sum_of_squares"] == pytest.approx(without - with_it)
+        assert out.loc[term, "df"] == high - low
+        assert out.loc[term, "F"] == pytest.approx((without - with_it) / (high - low) / (full / (rows - rank)))
+    plain = importance(frame, ["a", "b", "c"]).set_index("term")
+    turned = importance(frame, ["c", "a", "b"]).set_index("term")
+    twice = importance(frame, ["a", "b", "c"], interactions=[("b", "a"), ("a", "b")]).set_index("term")
+    pd.testing.assert_frame_equal(twice, out)
+    pd.testing.assert_frame_equal(plain.sort_index(), turned.sort_index())
+
+
+def test_without_an_effect_p_is_uniform_and_omega2_about_zero():
+    rng = np.random.default_rng(3)
+    found = [importance(design(rng, rows=120, tasks=5, a=1.0), ["a", "b", "c"]).set_index("term") for _ in range(25)]
+    for name in "bc":
+        assert reference.kstest([out.p[name] for out in found], "uniform").pvalue > 0.01
+        assert abs(np.mean([out.omega2[name] for out in found])) < 0.01
+    assert all(out.index[0] == "a" and out.holm["a"] < 1e-6 for out in found)
+
+
+def test_a_design_that_cannot_tell_is_refused():
+    frame = design(np.random.default_rng(6), a=0.1)
+    with pytest.raises(WorkbenchError, match="no column 'method'"):
+        importance(frame, ["method"])
+    with pytest.raises(WorkbenchError, match="1 of 400 rows have no b"):
+        importance(frame.assign(b=frame.b.where(frame.index != 5)), ["a", "b"])
+    with pytest.raises(WorkbenchError, match="factor 'c' has one level in all 400 rows"):
+        importance(frame.assign(c=1), ["a", "c"])
+    with pytest.raises(WorkbenchError, match="factor 'kind' never changes within a block of task, seed"):
+        importance(frame.assign(kind=frame.task % 3), ["a", "kind"])
+    with pytest.raises(WorkbenchError, match="factor 'b' settles factor 'twin'"):
+        importance(frame.assign(twin=frame.b // 2), ["a", "b", "twin"])
+    with pytest.raises(WorkbenchError, match="1 of 12 combinations of 'a' and 'b' never occur"):
+        importance(frame[(frame.a != 2) | (frame.b != 3)], ["a", "b"], interactions=True)
+    assert len(importance(frame[(frame.a != 2) | (frame.b != 3)], ["a", "b"])) == 3
+    latin = pd.DataFrame(
+        {"a": [0, 0, 1, 1] * 5, "b": [0, 1, 0, 1] * 5, "c": [0, 1, 1, 0] * 5, "accuracy": np.arange(20.0)}
+    )
+    with pytest.raises(WorkbenchError, match=r"cannot tell a, b, c, a × b apart: its 5 columns have rank 4"):
+        importance(latin, ["a", "b", "c"], block=(), interactions=[("a", "b")])
+    with pytest.raises(WorkbenchError, match="no variation left"):
+        importance(frame.assign(accuracy=frame.a * 0.1), ["a", "b"])
+    with pytest.raises(WorkbenchError, match="no variation left"):
+        importance(frame.assign(accuracy=0.5), ["a", "b"])
+    with pytest.raises(WorkbenchError, match="no variation left"):
+        importance(pd.DataFrame({"a": [0, 1, 2], "accuracy": [0.1, 0.5, 0.2]}), ["a"], block=())
+    for factors in ([], ["a", "a"], ["a", "task"]):
+        with pytest.raises(WorkbenchError, match="expected different columns"):
+            importance(frame, factors)
+    for pairs in ([("a", "z")], [("a", "a")], [("a", "b", "c")]):
+        with pytest.raises(WorkbenchError, match="interactions are pairs of the factors a, b, c"):
+            importance(frame, ["a", "b", "c"], interactions=pairs)

@@ -1,6 +1,20 @@
 """Figures: functions that take an Axes and return artists, one style, and files that carry their data with them."""
 
-from workbench.plots.charts import bars, curves, heatmap, intervals, units
+from workbench.plots.charts import bars, curves, forest, heatmap, importance, intervals, units
 from workbench.plots.sheet import COLUMN, TEXT, apply, figure, save, style
 
-__all__ = ["COLUMN", "TEXT", "apply", "bars", "curves", "figure", "heatmap", "intervals", "save", "style", "units"]
+__all__ = [
+    "COLUMN",
+    "TEXT",
+    "apply",
+    "bars",
+    "curves",
+    "figure",
+    "forest",
+    "heatmap",
+    "importance",
+    "intervals",
+    "save",
+    "style",
+    "units",
+]

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from workbench.errors import WorkbenchError
 from workbench.plots.sheet import style
 
-__all__ = ["bars", "curves", "heatmap", "intervals", "units"]
+__all__ = ["bars", "curves", "forest", "heatmap", "importance", "intervals", "units"]
 
 _MARKERS = "osD^vP*X"
 
@@ -85,6 +85,67 @@ def curves(ax: Axes, table: pd.DataFrame, *, x: str, series: str, label: str = "
             ax.minorticks_off()
         ax.set(xlabel=x, ylabel=label)
     return out
+
+
+def forest(
+    ax: Axes,
+    table: pd.DataFrame,
+    *,
+    against: str = "control",
+    series: str | None = None,
+    alpha: float = 0.05,
+    label: str = "",
+):
+    """Differences with their intervals, a row per recipe of `workbench.stats.report`, its first on top; zero is marked.
+
+    A marker is filled where Holm's p is below `alpha`. `against` is control or new; recipes without a partner are left
+    out. `series` is a column, such as n_train, whose values lie side by side in a recipe's row, one marker each.
+
+    Raises:
+        WorkbenchError: a column is missing, no recipe has a difference, or one has several in a series.
+    """
+    wanted = [f"{against}_{name}" for name in ("difference", "low", "high", "holm")]
+    keys = ["recipe", *([series] if series else [])]
+    _need(table, [*keys, *wanted])
+    table = table[table[wanted[0]].notna()]
+    twice = table.duplicated(keys)
+    if table.empty or twice.any():
+        one = "no recipe" if table.empty else f"more than one row of {table.loc[twice, 'recipe'].iloc[0]!r}"
+        raise WorkbenchError(f"{one} has {wanted[0]}; expected one per {' and '.join(keys)}")
+    places = {name: i for i, name in enumerate(dict.fromkeys(table["recipe"]))}
+    groups = [(None, table)] if series is None else list(table.groupby(series, sort=False, observed=True))
+    out = []
+    with style():
+        ax.axvline(0, color="0.4", linewidth=0.8, zorder=1)
+        for i, (name, part) in enumerate(groups):
+            at = part["recipe"].map(places).to_numpy() + (i - (len(groups) - 1) / 2) * 0.7 / len(groups)
+            difference, low, high, p = (part[column].to_numpy(float) for column in wanted)
+            ax.hlines(at, low, high, color=f"C{i % 8}", linewidth=0.8)
+            fill = [f"C{i % 8}" if one < alpha else "white" for one in p]
+            edge = {"edgecolors": f"C{i % 8}", "linewidths": 0.8, "marker": _MARKERS[i % len(_MARKERS)]}
+            out.append(ax.scatter(difference, at, s=12, facecolors=fill, zorder=3, label=name, **edge))
+        ax.set_yticks(range(len(places)), list(places))
+        ax.set(xlabel=label, ylim=(len(places) - 0.5, -0.5))
+        ax.grid(axis="y", visible=False)
+    return out
+
+
+def importance(ax: Axes, table: pd.DataFrame, *, value: str = "omega2", alpha: float = 0.05, label: str = "partial ω²"):
+    """Bars of an effect size, a row per term of `workbench.stats.importance`; filled where Holm's p is below `alpha`.
+
+    Raises:
+        WorkbenchError: a column is missing.
+    """
+    _need(table, ["term", value, "holm"])
+    table = table[table["term"] != "residual"]
+    with style():
+        fill = ["C0" if p < alpha else "white" for p in table["holm"]]
+        drawn = ax.barh(range(len(table)), table[value], color=fill, edgecolor="C0", linewidth=0.8, height=0.7)
+        ax.axvline(0, color="0.4", linewidth=0.8)
+        ax.set_yticks(range(len(table)), table["term"])
+        ax.set(xlabel=label, ylim=(len(table) - 0.5, -0.5))
+        ax.grid(axis="y", visible=False)
+    return drawn
 
 
 def heatmap(
