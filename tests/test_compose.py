@@ -1,14 +1,26 @@
 """Updates as hooks against a copy of the model with ΔW added to its weights."""
 
 import copy
+import math
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from helpers import dense_model, hook_count, random_adapter, relative, some_ids, tiny_base, tiny_gpt2
+from helpers import (
+    dense_model,
+    hook_count,
+    random_adapter,
+    relative,
+    some_ids,
+    tiny_base,
+    tiny_causal,
+    tiny_gpt2,
+    tiny_t5,
+)
 from workbench.adapters import Adapter
 from workbench.base import Base, check_fits
-from workbench.compose import LowRank, compose, grouped, layer_shape, shared, slice_groups
+from workbench.compose import LowRank, Routed, compose, grouped, layer_shape, shared, slice_groups
 from workbench.errors import AdapterError, BaseError, MergeError
 from workbench.stack import Stack
 
@@ -312,3 +324,237 @@ def test_an_empty_adapter_composes_to_the_base(base):
     with torch.no_grad():
         want = base.model(input_ids=ids).logits
     assert torch.equal(run(base, grouped([Adapter("none", {})]), ids, False), want)
+
+
+@contextmanager
+def routed_by_hand(model, stack, prototypes, top, temperature, seen=None):
+    """Arrow by plain loops, token by token, on a float64 model: y += Σ w_i ΔW_i x. `seen` gets every token's weights."""
+
+    def hook(module):
+        units, directions = stack.modules[module], prototypes[module]
+        present = [i for i in range(len(stack)) if bool((directions[i] != 0).any())]
+        each = {i: units.of(i).B.double() @ units.of(i).A.double() for i in present}
+
+        def add(layer, args, y):
+            x, out = args[0], []
+            if not x.is_floating_point():
+                x = torch.eye(units.shape[1], dtype=torch.float64)[x]
+            for token in x.reshape(-1, units.shape[1]):
+                logit = {i: (token * directions[i].double()).sum().abs() for i in present}
+                kept = sorted(present, key=lambda i: -float(logit[i].detach()))[:top]
+                raised = {i: (logit[i] / temperature).exp() for i in kept}
+                w = {i: raised[i] / sum(raised.values()) for i in kept}
+                if seen is not None:
+                    seen.setdefault(module, []).append(
+                        [float(w.get(i, torch.zeros(())).detach()) for i in range(len(stack))]
+                    )
+                out.append(sum((w[i] * (each[i] @ token) for i in kept), torch.zeros(units.shape[0]).double()))
+            return y + torch.stack(out).view(y.shape) * getattr(layer, "embed_scale", 1.0)
+
+        return add
+
+    layers = dict(model.named_modules())
+    handles = [layers[module].register_forward_hook(hook(module)) for module in stack.modules]
+    try:
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def some_prototypes(stack, seed=0):
+    """Random directions, zeros where an adapter is absent."""
+    generator = torch.Generator().manual_seed(seed)
+    out = {m: torch.randn(len(stack), u.shape[1], generator=generator) / math.sqrt(u.shape[1]) for m, u in stack}
+    return {m: p * (stack.modules[m].ranks(len(stack)) > 0)[:, None] for m, p in out.items()}
+
+
+def route(stack, prototypes, top=2, temperature=0.7):
+    return {
+        m: Routed(u.B, u.A, owner=u.owner, prototypes=prototypes[m], top=top, temperature=temperature) for m, u in stack
+    }
+
+
+def double(base):
+    return Base(copy.deepcopy(base.model).double(), base.tokenizer, "double")
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("top", "temperature"), [(2, 0.1), (3, 1.0), (9, 0.5)])
+def test_every_token_is_routed_by_itself(base, adapters, grad, top, temperature):
+    stack, ids = Stack.of(adapters), some_ids(base, rows=2, length=7)
+    p, wide, seen = some_prototypes(stack), double(base), {}
+    with torch.no_grad(), routed_by_hand(wide.model, stack, p, top, temperature, seen):
+        want = wide.model(input_ids=ids).logits
+    got = run(base, route(stack, p, top, temperature), ids, grad)
+    assert relative(got, want) < 1e-4
+    assert relative(run(base, shared(stack, torch.full((1, 4), 0.25)), ids, False), want) > 1e-2
+    kept = torch.tensor(seen[DOWN1]).gt(0)
+    assert kept.sum(1).eq(min(top, 3)).all()  # the second adapter has no such module
+    assert not kept[:, 1].any()
+    assert len(kept.unique(dim=0)) > 1 or top >= 3
+
+
+@pytest.mark.parametrize("module", ["model.layers.0.mlp.up_proj", "model.embed_tokens"])
+def test_weights_of_tokens(base, module):
+    """Against the loops, and that those of a group are those of its own prototypes."""
+    shape = base.layers[module]
+    stacks = [Stack.of([random_adapter({module: shape}, 2, 5 * g + i, name=f"a{i}") for i in range(5)]) for g in (0, 1)]
+    p = torch.stack([some_prototypes(stack, g)[module] for g, stack in enumerate(stacks)])
+    p[1, 3] = 0
+    embedded = module == "model.embed_tokens"
+    x = some_ids(base, 4, 6) if embedded else torch.randn(4, 6, shape[1], generator=torch.Generator().manual_seed(0))
+    both = [stack.modules[module] for stack in stacks]
+    factors = torch.stack([u.B for u in both]), torch.stack([u.A for u in both])
+    update = Routed(*factors, owner=torch.stack([u.owner for u in both]), prototypes=p, top=3, temperature=0.2)
+    assert update.groups == 2
+    weights = update.weights(x)
+    assert weights.shape == (2, 12, 5)
+    layer = torch.nn.Embedding(*shape[::-1]) if embedded else torch.nn.Linear(*shape[::-1])
+    model = torch.nn.ModuleDict({"only": layer}).double()
+    y = update.apply(x, torch.zeros(4, 6, shape[0]))
+    for g, stack in enumerate(stacks):
+        alone = Stack(stack.names, {"only": stack.modules[module]})
+        rows, seen = x[2 * g : 2 * g + 2], {}
+        rows = rows if embedded else rows.double()
+        with torch.no_grad(), routed_by_hand(model, alone, {"only": p[g]}, 3, 0.2, seen):
+            want = model["only"](rows)
+        want = want - model["only"](rows)
+        torch.testing.assert_close(weights[g], torch.tensor(seen["only"]), rtol=1e-4, atol=1e-6)
+        assert relative(y[2 * g : 2 * g + 2], want.detach()) < 1e-4
+    assert not weights[1, :, 3].any()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 12))
+    assert slice_groups({"m": update}, 1, 2, 2)["m"].weights(x[2:]).equal(weights[1:])
+
+
+def test_routing_in_an_embedding_that_scales():
+    base = tiny_causal("Gemma3")
+    name = "model.embed_tokens"
+    stack = Stack.of([random_adapter({name: base.layers[name]}, 2, i, name=f"a{i}", size=0.5) for i in range(3)])
+    p, ids, wide = some_prototypes(stack), some_ids(base, 2, 6), double(base)
+    with torch.no_grad(), routed_by_hand(wide.model, stack, p, 2, 0.1):
+        want = wide.model(input_ids=ids).logits
+    assert relative(run(base, route(stack, p, 2, 0.1), ids, False), want) < 1e-4
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_routing_in_an_encoder_and_its_decoder(grad):
+    """Hidden states of 9 and of 4 tokens; cross-attention reads the encoder's. q is 24×32, wo 32×48."""
+    base = tiny_t5()
+    stack = Stack.of([random_adapter(base, 2, i, ["q", "k", "v", "wo"], name=f"a{i}", size=0.4) for i in range(4)])
+    p, wide, seen = some_prototypes(stack), double(base), {}
+    ids = {"input_ids": some_ids(base, 2, 9), "decoder_input_ids": some_ids(base, 2, 4, seed=1)}
+    with torch.no_grad(), routed_by_hand(wide.model, stack, p, 2, 0.3, seen):
+        want = wide.model(**ids).logits
+    with torch.set_grad_enabled(grad), compose(base.model, route(stack, p, 2, 0.3)):
+        got = base.model(**ids).logits.detach()
+    assert relative(got, want) < 1e-4
+    with torch.no_grad():
+        assert relative(base.model(**ids).logits, want) > 1e-2
+    assert {len(tokens) for tokens in seen.values()} == {18, 8}
+
+
+def test_gradients_reach_the_prototypes(base, adapters):
+    """Against plain autograd through the loops, in float64."""
+    stack, ids, wide = Stack.of(adapters), some_ids(base, rows=2, length=5), double(base)
+    p = {m: one.double().requires_grad_() for m, one in some_prototypes(stack).items()}
+    probe = torch.randn(2, 5, len(base.tokenizer), generator=torch.Generator().manual_seed(1)).double()
+    found = []
+    for context in (
+        compose(wide.model, route(stack, p, 2, 0.7)),
+        routed_by_hand(wide.model, stack, p, 2, 0.7),
+    ):
+        with context:
+            loss = (wide.model(input_ids=ids).logits * probe).sum()
+        found.append(torch.autograd.grad(loss, list(p.values())))
+    for module, mine, want in zip(p, *found, strict=True):
+        absent = stack.modules[module].ranks(4) == 0
+        assert not mine[absent].any()
+        assert float(want.abs().max()) > 0
+        assert relative(mine, want) < 1e-8
+    assert all(q.grad is None for q in wide.model.parameters())
+
+
+def test_one_adapter_is_itself_and_equal_logits_are_the_average(base, adapters):
+    ids = some_ids(base)
+    for adapter in adapters:
+        stack = Stack.of([adapter])
+        got = run(base, route(stack, some_prototypes(stack), 1, 0.01), ids, False)
+        assert torch.equal(got, run(base, shared(stack, torch.ones(1, 1)), ids, False))
+    full = Stack.of([adapters[0], adapters[3]])
+    same = {m: p[:1] * torch.tensor([[1.0], [-1.0]]) for m, p in some_prototypes(full).items()}
+    want = run(base, shared(full, torch.full((1, 2), 0.5)), ids, False)
+    for top in (2, 7):
+        assert relative(run(base, route(full, same, top), ids, False), want) < 1e-5
+    first = run(base, grouped(adapters[:1]), ids, False)
+    assert relative(run(base, route(full, same, 1), ids, False), first) < 1e-5  # of equals the first
+    nobody = {m: torch.zeros_like(p) for m, p in same.items()}
+    with torch.no_grad():
+        assert torch.equal(run(base, route(full, nobody), ids, False), base.model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("how", ["bf16", "autocast"])
+def test_routing_is_in_fp32(how):
+    """Logits 1 and 1.001, which are one number in bf16: the second is the larger, and the softmax tells them apart."""
+    p = torch.zeros(2, 8)
+    p[0, 0], p[1, 0] = 1.0, 1.001
+    update = Routed(torch.eye(4, 2), torch.eye(2, 8), owner=torch.arange(2), prototypes=p, top=1)
+    x = torch.ones(1, 3, 8, dtype=torch.bfloat16 if how == "bf16" else torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                y = update.apply(x, torch.zeros(1, 3, 4, dtype=torch.bfloat16))
+                assert y.dtype == torch.bfloat16
+                assert torch.equal(y[0, 0].float(), torch.tensor([0.0, 1.0, 0.0, 0.0]))
+        weights = Routed(update.B, update.A, owner=update.owner, prototypes=p, temperature=0.001).weights(x)
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights[0], torch.tensor([1 / (1 + math.e), math.e / (1 + math.e)]), rtol=1e-3, atol=0)
+
+
+def test_cold_routing_takes_the_nearest_alone():
+    update = Routed(
+        torch.eye(3), torch.eye(3), owner=torch.arange(3), prototypes=torch.diag(torch.tensor([1.0, 2.0, 0.0])), top=3,
+        temperature=1e-38,
+    )  # fmt: skip
+    weights = update.weights(torch.tensor([[3.0, 1.0, 9.0], [1.0, 1.0, 9.0], [2.0, 1.0, 9.0]]))
+    torch.testing.assert_close(weights, torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0.5, 0.5, 0]]))
+
+
+def test_routed_updates_leave_nothing_behind(base, adapters):
+    stack, ids = Stack.of(adapters), some_ids(base)
+    updates = route(stack, some_prototypes(stack))
+    before = {m: [getattr(u, name).clone() for name in u.stacked] for m, u in updates.items()}
+    with torch.no_grad():
+        bare = base.model(input_ids=ids).logits
+    assert relative(run(base, updates, ids, False), bare) > 1e-2
+    for grad in (False, True):
+        run(base, updates, ids, grad)
+    for module, update in updates.items():
+        assert all(map(torch.equal, before[module], [getattr(update, name) for name in update.stacked]))
+    with pytest.raises(RuntimeError, match="in the middle"), compose(base.model, updates):
+        raise RuntimeError("in the middle")
+    assert hook_count(base.model) == 0
+    with torch.no_grad():
+        assert torch.equal(base.model(input_ids=ids).logits, bare)
+
+
+def test_what_cannot_route_is_refused():
+    B, A, fine = torch.ones(4, 3), torch.ones(3, 5), {"owner": torch.zeros(3).long(), "prototypes": torch.ones(2, 5)}
+    for top in (0, -1, 1.5, True, None):
+        with pytest.raises(MergeError, match=f"top is {top}, expected a whole number .* at least 1"):
+            Routed(B, A, **fine, top=top)
+    for temperature in (0, -1.0, math.nan, math.inf):
+        with pytest.raises(MergeError, match=f"temperature is {temperature}, expected a number above 0"):
+            Routed(B, A, **fine, temperature=temperature)
+    with pytest.raises(MergeError, match="takes no coefficients"):
+        Routed(B, A, torch.ones(1, 3), **fine)
+    with pytest.raises(MergeError, match=r"expected owners \(3,\), got \(2,\)"):
+        Routed(B, A, **fine | {"owner": torch.zeros(2).long()})
+    for shape in ((2, 4), (5,), (0, 5), (1, 2, 5)):
+        with pytest.raises(MergeError, match=r"expected prototypes \(adapters, 5\), got \("):
+            Routed(B, A, **fine | {"prototypes": torch.ones(shape)})
+    stacked = {"owner": torch.zeros(2, 3).long(), "prototypes": torch.ones(3, 2, 5)}
+    with pytest.raises(MergeError, match=r"expected prototypes \(2, adapters, 5\), got \(3, 2, 5\)"):
+        Routed(B.expand(2, 4, 3), A.expand(2, 3, 5), **stacked)
+    with pytest.raises(MergeError, match="no pair of factors"):
+        Routed(B, A.T, **fine)

@@ -3,13 +3,15 @@
 import copy
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from helpers import peft_s_own_warnings, random_adapter, relative, some_examples, tiny_base
+from fitting import minibatches
+from helpers import hook_count, peft_s_own_warnings, random_adapter, relative, some_examples, tiny_base
 from workbench.adapt.fresh import NEW_ADAPTER, PROJECTIONS, Plan, start_factors, train_fresh
 from workbench.adapt.gradient import Schedule, clip_each, cosine_rate, fit
 from workbench.compose import LowRank, compose, grouped, shared
@@ -30,10 +32,10 @@ def stack(base):
     return Stack.of([random_adapter(base, 2, i, name=f"a{i}", size=0.2) for i in range(3)])
 
 
-def fit_coefficients(base, stack, train, validation, schedule, seeds, start=None):
+def fit_coefficients(base, stack, train, validation, schedule, seeds, start=None, **more):
     """Per-module coefficients (G, M, N) over one stack."""
     c = torch.zeros(len(train), len(stack.modules), len(stack)) if start is None else start.clone()
-    return c, fit(base, [c], lambda: shared(stack, c), train, validation, schedule, seeds)
+    return c, fit(base, [c], lambda: shared(stack, c), train, validation, schedule, seeds, **more)
 
 
 def test_fits_of_coefficients_side_by_side_equal_each_alone(base, stack):
@@ -95,9 +97,9 @@ def limit_between(base, train, seeds):
     scales = torch.tensor([p.scale for p in PLANS])[:, None, None]
     parameters = [t for pair in factors.values() for t in pair]
     rows = [group[0] for group in train]
-    ids, labels, keep = Packed(rows, "cpu").batch(np.arange(3))
+    batch = Packed(rows, base).batch(np.arange(3))
     with compose(base.model, {m: LowRank(b * scales, a) for m, (b, a) in factors.items()}):
-        sums, counts = row_losses(base.logits(ids, keep), labels)
+        sums, counts = row_losses(base.logits(batch), batch.labels)
     (sums / counts).sum().backward()
     norms = clip_each(parameters, 1e9).tolist()
     limit = (min(norms) * max(norms)) ** 0.5
@@ -137,7 +139,7 @@ def test_a_fit_that_never_improves_returns_its_start(base, stack):
     """Validated on what the base already says, trained in giant steps on something else."""
     said = []
     for row in some_examples(base, 6, 5):
-        best = base.next_token_logits(torch.tensor([row.prompt]), 1).argmax().item()
+        best = base.model(input_ids=torch.tensor([row.prompt])).logits[0, -1].argmax().item()
         said.append(Encoded(row.prompt, (best,)))
     start = torch.zeros(1, len(stack.modules), len(stack))
     schedule = Schedule(steps=2, lr=1e4, every=1, warmup=0)
@@ -170,16 +172,6 @@ def test_without_validation_the_last_step_is_kept(base, stack):
     torch.testing.assert_close(c, oracle.detach(), rtol=1e-3, atol=1e-4)
 
 
-def minibatches(examples, batch, steps, seed):
-    """Shuffled epochs under the seed, one after the other."""
-    generator, queue = torch.Generator().manual_seed(seed), []
-    for _ in range(steps):
-        while len(queue) < batch:
-            queue += torch.randperm(len(examples), generator=generator).tolist()
-        yield [examples[i] for i in queue[:batch]]
-        del queue[:batch]
-
-
 def summed_loss(base, coefficients, stack, row):
     """One example's cross-entropy under dense weights W + Σ c ΔW, summed over its answer."""
     weights = dict(base.model.named_parameters())
@@ -197,6 +189,181 @@ def test_a_diverging_fit_is_named(base, stack):
         with pytest.raises(MergeError, match="fit 1 of 3 diverged"):
             fit_coefficients(base, stack, train, validation, Schedule(steps=2), [0, 1, 2], start)
     assert not any(p.requires_grad for p in base.model.parameters())
+
+
+def test_a_fit_that_diverges_after_a_finite_loss_keeps_it(base, stack):
+    """NaN from the third step on: the best of what was validated before; beside it another fit goes on undisturbed."""
+    train = [some_examples(base, 4, s) for s in range(2)]
+    schedule = Schedule(steps=6, lr=0.1, batch=4, every=2, warmup=0)
+    steps = []
+
+    def broken(rate):
+        steps.append(rate)
+        if len(steps) == 3:
+            c[0] = float("nan")
+
+    c = torch.zeros(2, len(stack.modules), len(stack))
+    curves = fit(base, [c], lambda: shared(stack, c), train, train, schedule, [0, 1], project=broken)
+    assert curves.train.isnan().tolist() == [[False] * 2] * 3 + [[True, False]] * 3
+    assert curves.validation.isnan().tolist() == [[False] * 2] * 2 + [[True, False]] * 2
+    assert curves.best[0] == curves.validation[:2, 0].min()
+    got = score(base, train, shared(stack, c)).loss.mean(1)
+    torch.testing.assert_close(got, curves.best, rtol=1e-5, atol=1e-6)
+    alone, own = fit_coefficients(base, stack, train[1:], train[1:], schedule, [1])
+    torch.testing.assert_close(c[1], alone[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(curves.best[1], own.best[0])
+
+
+def test_without_validation_the_last_step_s_parameters_must_be_finite(base, stack):
+    """Finite losses throughout, and no number left to return."""
+    c = torch.zeros(2, len(stack.modules), len(stack))
+
+    def broken(rate):
+        c[1, 0, 0] = float("inf")
+
+    train = [some_examples(base, 3, s) for s in range(2)]
+    with pytest.raises(MergeError, match="fit 1 of 2 diverged"):
+        fit(base, [c], lambda: shared(stack, c), train, None, Schedule(steps=1), [0, 1], project=broken)
+
+
+def test_rates_of_single_parameters(base, stack):
+    """Each as torch's AdamW with a group of its own has it; one alone at rate r is the same as r times the rate."""
+    train, schedule = [some_examples(base, 6, 1)], Schedule(steps=5, lr=0.1, batch=3, clip=0.05)
+    shape = (1, len(stack.modules), len(stack))
+
+    def run(rates, clip=schedule.clip):
+        a, b = torch.zeros(shape), torch.zeros(shape)
+        fit(base, [a, b], lambda: shared(stack, a + b), train, None, replace(schedule, clip=clip), [4], rates=rates)
+        return a, b
+
+    even, plain = run([1.0, 1.0]), run(None)
+    assert all(torch.equal(one, other) for one, other in zip(even, plain, strict=True))
+    a, b = run([1.0, 0.25])
+    thetas = [torch.zeros(shape).requires_grad_() for _ in range(2)]
+    optimiser = torch.optim.AdamW([{"params": [t]} for t in thetas], lr=1.0, weight_decay=0)
+    for step, rows in enumerate(minibatches(train[0], 3, 5, 4)):
+        batch = Packed(rows, base).batch(np.arange(3))
+        with compose(base.model, shared(stack, thetas[0] + thetas[1])):
+            sums, counts = row_losses(base.logits(batch), batch.labels)
+        optimiser.zero_grad()
+        (sums.sum() / counts.sum()).backward()
+        torch.nn.utils.clip_grad_norm_(thetas, schedule.clip)
+        for group, rate in zip(optimiser.param_groups, (1.0, 0.25), strict=True):
+            group["lr"] = schedule.lr * rate * cosine_rate(step, schedule)
+        optimiser.step()
+    torch.testing.assert_close(a, thetas[0].detach(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(b, thetas[1].detach(), rtol=1e-3, atol=1e-4)
+    assert float(b.abs().max()) < 0.5 * float(a.abs().max())
+    c, _ = fit_coefficients(base, stack, train, None, schedule, [4], rates=[0.25])
+    want, _ = fit_coefficients(base, stack, train, None, replace(schedule, lr=0.025), [4])
+    torch.testing.assert_close(c, want)
+
+
+def test_a_penalty_is_in_the_gradient_alone(base, stack):
+    """Not in the curves, not in validation; per fit, so that another's does not matter."""
+    train = [some_examples(base, 4, s) for s in range(2)]
+    schedule, start = Schedule(steps=4, lr=0.05, batch=4, every=2, clip=None), torch.full((2, 14, 3), 0.2)
+    c = start.clone()
+    weight = torch.tensor([0.0, 50.0])
+    curves = fit(
+        base, [c], lambda: shared(stack, c), train, train, schedule, [0, 1],
+        penalty=lambda: weight * (c**2).sum((1, 2)),
+    )  # fmt: skip
+    free, plain = fit_coefficients(base, stack, train, train, schedule, [0, 1], start)
+    torch.testing.assert_close(c[0], free[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(curves.train[0], plain.train[0])
+    torch.testing.assert_close(curves.validation[0], plain.validation[0])
+    assert float((curves.train[1:, 1] - plain.train[1:, 1]).abs().max()) > 1e-4
+    got = score(base, train, shared(stack, c)).loss.mean(1)
+    torch.testing.assert_close(got, curves.best, rtol=1e-5, atol=1e-6)
+    strong = torch.full((2, 14, 3), 0.2)
+    fit(base, [strong], lambda: shared(stack, strong), train, None, schedule, [0, 1],
+        penalty=lambda: weight * (strong**2).sum((1, 2)))  # fmt: skip
+    assert float(strong[1].max()) < 0.2  # every coefficient falls, whatever its loss would like
+    assert float(strong[0].max()) > 0.2
+
+
+def test_project_is_called_with_each_step_s_rate(base, stack):
+    schedule, rates, before = Schedule(steps=5, lr=0.1, batch=3, warmup=0.4), [], []
+
+    def project(rate):
+        rates.append(rate)
+        before.append(c.clone())
+        assert not torch.is_grad_enabled()
+        c.clamp_(max=0.01)
+
+    c = torch.zeros(1, len(stack.modules), len(stack))
+    train = [some_examples(base, 6, 1)]
+    fit(base, [c], lambda: shared(stack, c), train, None, schedule, [4], project=project)
+    assert rates == pytest.approx([0.1 * cosine_rate(step, schedule) for step in range(5)])
+    assert float(before[-1].max()) > 0.01 == pytest.approx(float(c.max()))
+    assert float(c.min()) < -0.01
+
+
+def test_watch_sees_every_step_and_may_stop(base, stack):
+    train = [some_examples(base, 6, s) for s in range(2)]
+    schedule, seen = Schedule(steps=9, lr=0.1, batch=4, every=4), []
+
+    def watch(step, steps, loss):
+        seen.append((step, steps, loss))
+        return None if len(seen) < 7 else step == 7
+
+    c, curves = fit_coefficients(base, stack, train, train, schedule, [0, 1], watch=watch)
+    assert [one[:2] for one in seen] == [(step, 9) for step in range(1, 8)]
+    assert [one[2] for one in seen] == pytest.approx(curves.train.mean(1).tolist())
+    assert curves.train.shape == (7, 2)
+    assert curves.at == (0, 4, 7)
+    torch.testing.assert_close(score(base, train, shared(stack, c)).loss.mean(1), curves.best, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(curves.best, curves.validation.min(0).values)
+    fed = [sum(map(len, rows)) for rows in train]
+    assert curves.spent(0, train[0], train[0], 4) == (7 * 4 + 3 * 6, int(curves.tokens[0]) + 3 * fed[0])
+    _, whole = fit_coefficients(base, stack, train, train, schedule, [0, 1])
+    torch.testing.assert_close(curves.train, whole.train[:7])
+    assert (curves.tokens < whole.tokens).all()
+    _, once = fit_coefficients(base, stack, train, train, schedule, [0, 1], watch=lambda *_: True)
+    assert once.at == (0, 1)
+    assert once.train.shape == (1, 2)
+    unchecked, cut = fit_coefficients(base, stack, train, None, schedule, [0, 1], watch=lambda *_: True)
+    assert cut.at == ()
+    assert cut.spent(1, train[1], None, 4) == (4, int(cut.tokens[1]))
+    assert unchecked.any()
+
+
+@pytest.mark.parametrize("raised", [ValueError("mine"), KeyboardInterrupt()])
+def test_what_watch_raises_leaves_nothing_behind(base, stack, tmp_path, monkeypatch, raised):
+    def watch(step, steps, loss):
+        if step == 2:
+            raise raised
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    digest = {name: p.clone() for name, p in base.model.named_parameters()}
+    with pytest.raises(type(raised)):
+        fit_coefficients(base, stack, [some_examples(base, 3, 0)], None, Schedule(steps=4), [0], watch=watch)
+    assert hook_count(base.model) == 0
+    assert not any(p.requires_grad or p.grad is not None for p in base.model.parameters())
+    assert not base.model.training
+    assert torch.is_grad_enabled()
+    assert all(torch.equal(p, digest[name]) for name, p in base.model.named_parameters())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        ({"steps": -1}, "steps is -1, expected 0 or more"),
+        ({"lr": 0.0}, r"lr is 0\.0, expected above 0"),
+        ({"lr": math.nan}, "lr is nan, expected above 0"),
+        ({"batch": 0}, "batch is 0, expected at least 1"),
+        ({"every": 0}, "every is 0, expected at least 1"),
+        ({"clip": 0.0}, r"clip is 0\.0, expected above 0, or None"),
+        ({"weight_decay": -0.1}, r"weight_decay is -0\.1, expected 0 or more"),
+        ({"warmup": 1.5}, r"warmup is 1\.5, expected from 0 to 1"),
+    ],
+)
+def test_a_schedule_out_of_range(base, stack, number, said):
+    with pytest.raises(MergeError, match=said):
+        fit_coefficients(base, stack, [some_examples(base, 3, 0)], None, Schedule(**number), [0])
 
 
 def test_what_does_not_agree_is_refused(base, stack):

@@ -151,7 +151,7 @@ def watched(monkeypatch):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
-@pytest.mark.parametrize("budget", [1, 9, 17])
+@pytest.mark.parametrize("budget", [1, 4, 17])
 def test_what_a_search_evaluates(base, mixed, watched, optimiser, budget, objective):
     """Zero first, exactly the budget, within the bounds, and the best ever seen comes back."""
     rows = some_examples(base, 4, 4)
@@ -167,11 +167,14 @@ def test_what_a_search_evaluates(base, mixed, watched, optimiser, budget, object
     torch.testing.assert_close(fitted.coefficients[0], weights[int(np.argmin(values))], rtol=0, atol=0)
     assert fitted.passes == budget * 4
     assert fitted.tokens == budget * sum(map(len, rows))
-    assert fitted.curves is None
+    torch.testing.assert_close(fitted.curves.train, torch.tensor(values))
+    assert fitted.curves.best == fitted.curves.train.min()
+    assert (fitted.curves.at, fitted.curves.validation.numel(), int(fitted.curves.tokens)) == ((), 0, fitted.tokens)
+    assert fitted.parameters == 3
     if optimiser == "cobyla":
         assert all(len(w[0]) == 1 for w, _ in watched)
     elif budget > 1:
-        assert [len(w[0]) for w, _ in watched] == {9: [1, 7, 1], 17: [1, 7, 7, 2]}[budget]
+        assert [len(w[0]) for w, _ in watched] == {4: [1, 3], 17: [1, 7, 7, 2]}[budget]
 
 
 def test_pycma_s_population_at_twenty_adapters(base, watched):
@@ -179,6 +182,75 @@ def test_pycma_s_population_at_twenty_adapters(base, watched):
     stack = alike(base, 1, 0, ["q_proj"], n=20)
     lorahub(base, [stack], [some_examples(base, 2, 5)], seeds=[0])
     assert [len(w[0]) for w, _ in watched] == [1, 12, 12, 12, 3]
+
+
+@pytest.mark.parametrize(
+    ("budget", "stop", "evaluations"),
+    [(17, 0, [1, 8, 15, 17]), (17, 3, [1, 8, 15]), (1, 0, [1]), (40, 1, [1])],
+)
+def test_watch_is_told_of_every_generation_and_may_stop(base, mixed, watched, budget, stop, evaluations):
+    rows, told = [some_examples(base, 3, 6), some_examples(base, 3, 7)], []
+
+    def watch(done, budget, lowest):
+        told.append((done, budget, lowest))
+        return len(told) == stop
+
+    fits = lorahub(base, [mixed, mixed], rows, seeds=[2, 3], budget=budget, watch=watch)
+    assert [one[:2] for one in told] == [(n, budget) for n in evaluations]
+    assert [w.shape[1] for w, _ in watched] == np.diff([0, *evaluations]).tolist()
+    for done, _, lowest in told:
+        assert lowest == pytest.approx(np.mean([float(fit.curves.train[:done].min()) for fit in fits]))
+    for g, fitted in enumerate(fits):
+        assert len(fitted.curves.train) == evaluations[-1]
+        assert fitted.passes == evaluations[-1] * 3
+        candidates = torch.cat([w[g] for w, _ in watched])
+        assert torch.equal(fitted.coefficients[0], candidates[int(fitted.curves.train.argmin())])
+
+
+def test_watch_is_told_of_every_evaluation_by_cobyla_and_may_stop(base, mixed):
+    rows, told = [some_examples(base, 3, 6), some_examples(base, 3, 7)], []
+
+    def watch(done, budget, lowest):
+        told.append((done, budget, lowest))
+        return len(told) == stop
+
+    stop, settings = 0, {"seeds": [2, 3], "optimiser": "cobyla", "budget": 9, "watch": watch}
+    whole = lorahub(base, [mixed, mixed], rows, **settings)
+    assert [one[:2] for one in told] == [(n, 18) for n in range(1, 19)]
+    for i, fitted in enumerate(whole):
+        lowest = np.minimum.accumulate(fitted.curves.train.numpy())
+        assert [one[2] for one in told[9 * i : 9 * i + 9]] == pytest.approx(lowest.tolist())
+    for stop, evaluations in ((4, [4, 1]), (12, [9, 3])):  # noqa: B007
+        told.clear()
+        fits = lorahub(base, [mixed, mixed], rows, **settings)
+        assert [len(fitted.curves.train) for fitted in fits] == evaluations
+        assert len(told) == sum(evaluations) - (evaluations[1] == 1)
+        for fitted, other in zip(fits, whole, strict=True):
+            torch.testing.assert_close(fitted.curves.train, other.curves.train[: len(fitted.curves.train)])
+            assert fitted.curves.best == fitted.curves.train.min()
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize("space", ["delta", "factor"])
+def test_adapters_that_change_nothing(base, optimiser, space):
+    """B = 0 everywhere: every candidate has the base's loss, so the penalty decides for w = 0, and the base comes back."""
+    zero = [random_adapter(base, 2, i, ["q_proj"]).times(0.0) for i in range(3)]
+    settings = {"seeds": [0], "optimiser": optimiser, "space": space, "budget": 16}
+    (fitted,) = lorahub(base, [Stack.of(zero)], [some_examples(base, 3, 0)], **settings)
+    assert not fitted.coefficients.any()
+    assert fitted.curves.best == fitted.curves.train[0] == fitted.curves.train.min()
+    assert float(fitted.curves.train[1:].min()) > float(fitted.curves.train[0])
+    ids = some_ids(base)
+    assert torch.equal(hook_logits(base, fitted.adapter, ids), base.model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_one_adapter_alone(base, optimiser):
+    stack, rows = alike(base, 2, 0, ["q_proj"], n=1), some_examples(base, 3, 5)
+    (fitted,) = lorahub(base, [stack], [rows], seeds=[0], optimiser=optimiser, budget=12)
+    assert fitted.coefficients.shape == (2, 1)
+    assert len(fitted.curves.train) <= 12
+    assert fitted.curves.best <= fitted.curves.train[0]
 
 
 def test_cobyla_may_end_before_its_budget_and_counts_what_it_spent(base, watched):

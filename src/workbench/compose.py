@@ -4,10 +4,11 @@
         model(input_ids)                       # y += ((x Aᵀ) ∘ c) Bᵀ in that module
 
 An embedding is a linear layer on one-hot tokens: its x Aᵀ is the columns of A at the token ids. The batch is G groups of
-rows (contiguous, equally many each). Two forms:
+rows (contiguous, equally many each). Three forms:
 
 - shared: B (d_out, R), A (R, d_in), and c (C, R): one stack, C candidates, rows split evenly among them;
-- grouped: B (G, d_out, R), A (G, R, d_in), c None or (C, R) with C a multiple of G: each group its own adapter.
+- grouped: B (G, d_out, R), A (G, R, d_in), c None or (C, R) with C a multiple of G: each group its own adapter;
+- routed (`Routed`), shared or grouped: every token has its own c.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +27,7 @@ from workbench.adapters import Adapter
 from workbench.errors import AdapterError, BaseError, MergeError
 from workbench.stack import Stack
 
-__all__ = ["LowRank", "compose", "grouped", "shared", "slice_groups"]
+__all__ = ["LowRank", "Routed", "check_routing", "compose", "grouped", "shared", "slice_groups"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class LowRank:
     B: Tensor
     A: Tensor
     c: Tensor | None = None
+    stacked: ClassVar[tuple[str, ...]] = ("B", "A")  # what has a leading dimension G in the grouped form
 
     def __post_init__(self):
         stacked, c = self.B.ndim == 3, self.c
@@ -60,11 +64,8 @@ class LowRank:
         if x.shape[0] % self.groups:
             raise MergeError(f"{x.shape[0]} rows cannot be split evenly among {self.groups} groups")
         b = self.B.to(y.dtype).mT
-        h = self._inner(x) if x.is_floating_point() else self._looked_up(x).to(y.dtype)
-        if self.c is not None:
-            split = h.reshape(self.c.shape[0], -1, h.shape[-1])
-            c = self.c.to(h.dtype)[:, None]
-            h = (split * c if torch.is_grad_enabled() else split.mul_(c)).reshape(h.shape)
+        h = _inner(x, self.A) if x.is_floating_point() else _looked_up(x, self.A).to(y.dtype)
+        h = self._weighted(h, x)
         h, flat = h.to(y.dtype), y.reshape(*h.shape[:-1], y.shape[-1])  # autocast may have chosen another type
         if torch.is_grad_enabled():
             out = torch.baddbmm(flat, h, b) if self.B.ndim == 3 else torch.addmm(flat, h, b)
@@ -72,17 +73,85 @@ class LowRank:
             out = flat.baddbmm_(h, b) if self.B.ndim == 3 else flat.addmm_(h, b)
         return out.reshape(y.shape)
 
-    def _inner(self, x: Tensor) -> Tensor:
-        """x Aᵀ, (rows, r) or (stacks, rows, r)."""
-        lead = (-1,) if self.A.ndim == 2 else (self.A.shape[0], -1)
-        return x.reshape(*lead, x.shape[-1]) @ self.A.to(x.dtype).mT
+    def _weighted(self, h: Tensor, x: Tensor) -> Tensor:
+        """h = x Aᵀ with each unit's column multiplied by its coefficient; in place where no gradient is taken."""
+        if self.c is None:
+            return h
+        split = h.reshape(self.c.shape[0], -1, h.shape[-1])
+        c = self.c.to(h.dtype)[:, None]
+        return (split * c if torch.is_grad_enabled() else split.mul_(c)).reshape(h.shape)
 
-    def _looked_up(self, tokens: Tensor) -> Tensor:
-        """The columns of A at these tokens, as rows."""
-        if self.A.ndim == 2:
-            return self.A.mT[tokens.flatten()]
-        stacks = torch.arange(self.A.shape[0], device=tokens.device)[:, None]
-        return self.A.mT[stacks, tokens.reshape(self.A.shape[0], -1)]
+
+@dataclass(frozen=True, kw_only=True)
+class Routed(LowRank):
+    """Arrow (Ostapenko et al. 2024, arXiv 2405.11157): every token weighs N adapters by |x · prototype|.
+
+    w = softmax of the `top` largest |x Pᵀ| / temperature, and c_j = w[owner_j]. Shared: owner (R,), prototypes P (N, d_in);
+    grouped: owner (G, R), P (G, N, d_in). A row of zeros in P is an adapter that is absent from the module: it is never
+    routed to. Of equal logits those of the first adapters are kept. Routing is in fp32 whatever the base's type, and
+    differentiable in P. In an embedding x is the one-hot token, so its logits are the column |P[:, token]|.
+    """
+
+    owner: Tensor
+    prototypes: Tensor
+    top: int = 4
+    temperature: float = 1.0
+    stacked: ClassVar[tuple[str, ...]] = ("B", "A", "owner", "prototypes")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_routing(self.top, self.temperature)
+        if self.c is not None:
+            raise MergeError("a routed update takes no coefficients c: its prototypes give every token its own")
+        if self.owner.shape != self.A.shape[:-1]:
+            raise MergeError(f"expected owners {tuple(self.A.shape[:-1])}, got {tuple(self.owner.shape)}")
+        want, got = (*self.A.shape[:-2], "adapters", self.A.shape[-1]), tuple(self.prototypes.shape)
+        if len(got) != len(want) or (*got[:-2], "adapters", got[-1]) != want or not got[-2]:
+            raise MergeError(f"expected prototypes ({', '.join(map(str, want))}), got {got}")
+
+    def weights(self, x: Tensor) -> Tensor:
+        """Each token's weights of the adapters, (tokens, N) or (G, tokens, N), fp32; they sum to 1 where any is present."""
+        p, real = self.prototypes, x.is_floating_point()
+        with torch.autocast(x.device.type, enabled=False):
+            wide = torch.promote_types(x.dtype if real else p.dtype, torch.float32)
+            logits = (_inner(x.to(wide), p) if real else _looked_up(x, p.to(wide))).abs()
+        present = p.detach().ne(0).any(-1).unsqueeze(-2)
+        low = torch.finfo(wide).min
+        logits = logits.masked_fill(~present, low)
+        k = min(self.top, logits.shape[-1])
+        best = logits.detach().topk(k).values
+        above, level = logits > best[..., -1:], logits == best[..., -1:]
+        kept = above | (level & (level.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+        return ((logits - best[..., :1]) / self.temperature).masked_fill(~kept, low).softmax(-1) * present
+
+    def _weighted(self, h: Tensor, x: Tensor) -> Tensor:
+        weights = self.weights(x)
+        c = weights.gather(-1, self.owner.unsqueeze(-2).expand(*h.shape)).to(h.dtype)
+        return h * c if torch.is_grad_enabled() else h.mul_(c)
+
+
+def check_routing(top: int, temperature: float) -> None:
+    """Raises:
+    MergeError: fewer than one adapter to keep, or a temperature that is not above 0.
+    """
+    if isinstance(top, bool) or not isinstance(top, Integral) or top < 1:
+        raise MergeError(f"top is {top!r}, expected a whole number of adapters to keep for each token, at least 1")
+    if not 0 < temperature < torch.inf:
+        raise MergeError(f"temperature is {temperature}, expected a number above 0")
+
+
+def _inner(x: Tensor, A: Tensor) -> Tensor:
+    """x Aᵀ, (tokens, r) or (stacks, tokens, r)."""
+    lead = (-1,) if A.ndim == 2 else (A.shape[0], -1)
+    return x.reshape(*lead, x.shape[-1]) @ A.to(x.dtype).mT
+
+
+def _looked_up(tokens: Tensor, A: Tensor) -> Tensor:
+    """The columns of A at these tokens, as rows."""
+    if A.ndim == 2:
+        return A.mT[tokens.flatten()]
+    stacks = torch.arange(A.shape[0], device=tokens.device)[:, None]
+    return A.mT[stacks, tokens.reshape(A.shape[0], -1)]
 
 
 def grouped(adapters: Sequence[Adapter], device: str | torch.device = "cpu") -> dict[str, LowRank]:
@@ -129,18 +198,17 @@ def shared(stack: Stack, coefficients: Tensor) -> dict[str, LowRank]:
 
 def slice_groups(updates: Mapping[str, LowRank], start: int, stop: int, total: int) -> dict[str, LowRank]:
     """The updates of groups start … stop of `total` (multiples of the candidates per stack in the grouped form)."""
+
+    def cut(tensor: Tensor) -> Tensor:
+        per = total // len(tensor)
+        return tensor[start // per : -(-stop // per)]
+
     out = {}
     for module, update in updates.items():
-        c = update.c
-        if c is not None and c.shape[0] > 1:
-            per = total // c.shape[0]
-            c = c[start // per : -(-stop // per)]
-        if update.B.ndim == 3:
-            per = total // update.B.shape[0]
-            update = replace(
-                update, B=update.B[start // per : -(-stop // per)], A=update.A[start // per : -(-stop // per)]
-            )
-        out[module] = replace(update, c=c)
+        parts = {name: cut(getattr(update, name)) for name in update.stacked if update.B.ndim == 3}
+        if update.c is not None and len(update.c) > 1:
+            parts["c"] = cut(update.c)
+        out[module] = replace(update, **parts)
     return out
 
 

@@ -2,29 +2,105 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import get_type_hints
 
-from workbench.adapt.coefficients import COEFFICIENTS, Fitted, learn_coefficients
-from workbench.adapt.gradient import Schedule
+from workbench.adapt.arrow import ARROW, arrow
+from workbench.adapt.coefficients import COEFFICIENTS, adamerging, learn_coefficients
+from workbench.adapt.fitted import Fitted
+from workbench.adapt.gradient import Schedule, Watch, check_schedule
+from workbench.adapt.pi_tuning import PI_TUNING, pi_tuning
+from workbench.adapt.prior import PRIOR, prior
+from workbench.adapt.progress import Bar
+from workbench.adapt.ridge import ridge
 from workbench.adapt.search import lorahub
 from workbench.adapters import Adapter
 from workbench.base import Base
-from workbench.errors import MergeError
+from workbench.errors import MergeError, TaskError
 from workbench.evaluate import Encoded, encode_task
 from workbench.licences import gathered
+from workbench.merge.options import Option, near
 from workbench.stack import Stack
 from workbench.tasks import Task
 
-__all__ = ["ADAPTIVE", "adapt", "fit_many", "options_of", "scheduled"]
+__all__ = ["ADAPTIVE", "Method", "adapt", "fit_many", "options_of", "scheduled"]
 
-# name → (function, version, whether it takes a Schedule, paper)
-ADAPTIVE = {
-    "coefficients": (learn_coefficients, 1, COEFFICIENTS, "https://arxiv.org/abs/2602.12323"),
-    "lorahub": (lorahub, 1, None, "https://arxiv.org/abs/2307.13269"),
-}
+_NOT_OPTIONS = ("seeds", "names", "watch")
+
+
+@dataclass(frozen=True)
+class Method:
+    """An adaptive method: its function, version, default schedule (None: it takes none), paper; what it returns."""
+
+    name: str
+    function: Callable[..., list[Fitted]]
+    version: int
+    schedule: Schedule | None
+    paper: str
+    validates: bool = True  # takes validation examples
+    fixed: bool = False  # the stack stays as it is, and the coefficients alone make the adapter
+
+    @cached_property
+    def options(self) -> dict[str, Option]:
+        """Its own options and, where it trains, its schedule's."""
+        hints = get_type_hints(self.function, include_extras=True)
+        own = [p for p in inspect.signature(self.function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        found = {p.name: Option(p.default, hints.get(p.name, object)) for p in own if p.name not in _NOT_OPTIONS}
+        return found | (schedule_options(self.schedule) if self.schedule else {})
+
+    def folds(self, options: Mapping) -> bool:
+        """Whether, under these options, folding the coefficients into the stack gives the adapter."""
+        return self.fixed and options.get("space", "delta") == "delta"
+
+    def settings(self, options: Mapping) -> tuple[Schedule | None, dict]:
+        """The schedule and the method's own options, checked.
+
+        Raises:
+            MergeError: an unknown option (near names are given) or a value that it does not allow.
+        """
+        checked(self.name, options, self.options)
+        if self.schedule is None:
+            return None, dict(options)
+        schedule, own = scheduled(self.schedule, options)
+        check_schedule(schedule)
+        return schedule, own
+
+
+def schedule_options(schedule: Schedule) -> dict[str, Option]:
+    """The options that change a schedule."""
+    hints = get_type_hints(Schedule, include_extras=True)
+    return {field.name: Option(getattr(schedule, field.name), hints[field.name]) for field in fields(Schedule)}
+
+
+def checked(method: str, options: Mapping, known: Mapping[str, Option]) -> None:
+    """Check options' names and values.
+
+    Raises:
+        MergeError: an unknown option (near names are given), or a value that it does not allow.
+    """
+    for name, value in options.items():
+        if name not in known:
+            raise MergeError(
+                f"{method} has no option {name!r}{near(name, known)}; it takes {', '.join(known) or 'none'}"
+            )
+        if not known[name].accepts(value):
+            raise MergeError(f"{method}: {name} is {value!r}, expected {known[name]}")
+
+
+_METHODS = (
+    Method("coefficients", learn_coefficients, 1, COEFFICIENTS, "https://arxiv.org/abs/2602.12323", fixed=True),
+    Method("lorahub", lorahub, 2, None, "https://arxiv.org/abs/2307.13269", validates=False, fixed=True),
+    Method("adamerging", adamerging, 1, COEFFICIENTS, "https://arxiv.org/abs/2310.02575", fixed=True),
+    Method("pi_tuning", pi_tuning, 1, PI_TUNING, "https://arxiv.org/abs/2304.14381"),
+    Method("arrow", arrow, 1, ARROW, "https://arxiv.org/abs/2405.11157"),
+    Method("prior", prior, 1, PRIOR, ""),
+    Method("ridge", ridge, 1, None, "", fixed=True),
+)
+ADAPTIVE: dict[str, Method] = {method.name: method for method in _METHODS}
 
 
 def scheduled(schedule: Schedule, options: Mapping) -> tuple[Schedule, dict]:
@@ -36,10 +112,8 @@ def scheduled(schedule: Schedule, options: Mapping) -> tuple[Schedule, dict]:
 
 
 def options_of(method: str) -> tuple[str, ...]:
-    """The options of an adaptive method: its own and, where it trains, its schedule's."""
-    function, _, schedule, _ = ADAPTIVE[method]
-    own = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    return tuple(sorted({*own} - {"seeds", "names"})) + tuple(field.name for field in fields(Schedule) if schedule)
+    """The names of an adaptive method's options: its own and, where it trains, its schedule's."""
+    return tuple(ADAPTIVE[method].options)
 
 
 def fit_many(
@@ -51,26 +125,21 @@ def fit_many(
     *,
     seeds: Sequence[int],
     names: Sequence[str] | None = None,
+    watch: Watch | None = None,
     **options,
 ) -> list[Fitted]:
     """Fit side by side by any adaptive method; options are its own and, where it trains, its schedule's.
 
     Raises:
-        MergeError: an unknown method or option.
+        MergeError: an unknown method or option, or a value that an option does not allow.
     """
     if method not in ADAPTIVE:
-        near = difflib.get_close_matches(str(method), ADAPTIVE, 1)
-        raise MergeError(
-            f"no adaptive method {method!r}{f' (did you mean {near[0]!r}?)' if near else ''}; choose one of {', '.join(ADAPTIVE)}"
-        )
-    function, _, schedule, _ = ADAPTIVE[method]
-    known = options_of(method)
-    if unknown := sorted(set(options) - set(known)):
-        raise MergeError(f"{method} has no option {unknown[0]!r}; it takes {', '.join(known)}")
-    settings, own = scheduled(schedule, options) if schedule else (None, dict(options))
-    if schedule:
-        return function(base, stacks, train, validation, settings, seeds=seeds, names=names, **own)
-    return function(base, stacks, train, seeds=seeds, names=names, **own)
+        raise MergeError(f"no adaptive method {method!r}{near(method, ADAPTIVE)}; choose one of {', '.join(ADAPTIVE)}")
+    chosen = ADAPTIVE[method]
+    schedule, own = chosen.settings(options)
+    given = (train, validation) if chosen.validates else (train,)
+    given += (schedule,) if schedule else ()
+    return chosen.function(base, stacks, *given, seeds=seeds, names=names, watch=watch, **own)
 
 
 def adapt(
@@ -80,6 +149,7 @@ def adapt(
     method: str = "coefficients",
     *,
     seed: int = 0,
+    watch: Watch | bool | None = None,
     **options,
 ) -> Fitted:
     """Fit one merge of adapters to a task's training examples, best validation loss kept where the method trains.
@@ -90,17 +160,32 @@ def adapt(
         fitted.adapter.save("out/mirror")
 
     Args:
-        method: "coefficients" (the recycling study's) or "lorahub" (gradient-free).
-        options: the method's own (`learn_coefficients`, `lorahub`), and for coefficients steps, lr, batch, ….
+        method: "coefficients" (the recycling study's), "lorahub" (gradient-free), "adamerging", "pi_tuning", "arrow" (a
+            routed model, which is no adapter), "prior" (a new adapter trained on top of the merge) or "ridge" (closed
+            form).
+        watch: called after every step with its number, the number of all and the loss; true stops there, and the best so
+            far is kept. True shows a progress bar; interrupting the fit (■ in a notebook) then ends it in the same way.
+        options: the method's own (`ADAPTIVE[method].options`), and steps, lr, batch, … of those that train.
+
+    Returns:
+        The adapter, its coefficients, the curves, and what was spent (examples fed forward and their tokens).
 
     Raises:
-        MergeError: an unknown method or option, or a fit that diverges.
+        TaskError: a task without training examples.
+        MergeError: an unknown method or option, a value that it does not allow, or a fit that diverges.
     """
     stack = adapters if isinstance(adapters, Stack) else Stack.of(adapters)
+    if not task.train:
+        raise TaskError(f"{task.name} has no training examples to fit to")
     train, validation = (encode_task(base, task, split) for split in (task.train, task.validation))
-    fitted = fit_many(base, [stack], [train], [validation] if validation else None, method, seeds=[seed], **options)[0]
+    with Bar(method) if watch is True else nullcontext(watch or None) as told:
+        fits = fit_many(
+            base, [stack], [train], [validation] if validation else None, method, seeds=[seed], watch=told, **options
+        )
+    fitted = fits[0]
     sources = dict(zip(stack.names, fitted.coefficients.mean(0).tolist(), strict=True))
-    info = {"method": method, "options": options, "sources": sources, "task": task.name, "paper": ADAPTIVE[method][3]}
+    info = {"method": method, "options": options, "sources": sources, "task": task.name}
+    info |= {"paper": ADAPTIVE[method].paper} if ADAPTIVE[method].paper else {}
     info |= {"config": stack.config, **gathered(stack.names, stack.infos)}
     info["notes"] = ["a source's weight is the mean of its coefficients over modules"]
     return replace(fitted, adapter=replace(fitted.adapter, info=info))

@@ -15,6 +15,7 @@ from workbench.base import Base
 from workbench.compose import LowRank
 from workbench.errors import AdapterError, MergeError
 from workbench.evaluate import Encoded
+from workbench.merge.options import Count
 
 __all__ = ["NEW_ADAPTER", "Plan", "start_factors", "train_fresh"]
 
@@ -25,7 +26,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 class Plan:
     """One adapter's shape: rank, α/r (before rslora), rslora, and the projections it targets (None: every linear layer)."""
 
-    rank: int = 8
+    rank: Count = 8
     ratio: float = 2.0
     rslora: bool = False
     targets: tuple[str, ...] | None = None

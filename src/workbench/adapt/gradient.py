@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -17,32 +18,68 @@ from workbench.base import Base
 from workbench.compose import LowRank, compose
 from workbench.errors import MergeError
 from workbench.evaluate import Encoded, Packed, row_losses, score
+from workbench.merge.options import Count, Range, Share
 
-__all__ = ["Curves", "Schedule", "cosine_rate", "fit"]
+__all__ = ["Curves", "Loss", "Schedule", "Watch", "check_schedule", "cosine_rate", "fit"]
+
+Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Watch = Callable[[int, int, float], bool | None]
 
 
 @dataclass(frozen=True)
 class Schedule:
     """AdamW (0.9, 0.999), no weight decay, cosine with 10 % warm-up, best validation loss restored (recycling study, §5)."""
 
-    steps: int = 100
+    steps: Annotated[int, Range(0)] = 100
     lr: float = 5e-2
-    batch: int = 8
-    every: int = 10
+    batch: Count = 8
+    every: Count = 10
     clip: float | None = 1.0
-    weight_decay: float = 0.0
-    warmup: float = 0.1
+    weight_decay: Annotated[float, Range(0)] = 0.0
+    warmup: Share = 0.1
 
 
 @dataclass(frozen=True)
 class Curves:
-    """train (steps, G): each step's minibatch loss; validation (evaluations, G), at `at` (evaluations,) steps; tokens fed per fit."""
+    """train (steps, G): each step's minibatch loss; validation (evaluations, G), at `at` (evaluations,) steps; tokens fed per fit.
+
+    Of a search (LoraHub) train is the objective of each evaluation, and there is no validation.
+    """
 
     train: Tensor
     validation: Tensor
     at: tuple[int, ...]
     best: Tensor
     tokens: Tensor
+
+    def of(self, g: int) -> Curves:
+        """The curves of one fit: train (steps,), validation (evaluations,)."""
+        return Curves(self.train[:, g], self.validation[:, g], self.at, self.best[g], self.tokens[g])
+
+    def spent(
+        self, g: int, train: Sequence[Encoded], validation: Sequence[Encoded] | None, batch: int
+    ) -> tuple[int, int]:
+        """Examples fed forward by fit g, in training and in choosing the best step together, and their tokens."""
+        rows = validation or ()
+        passes = len(self.train) * min(batch, len(train)) + len(self.at) * len(rows)
+        return passes, int(self.tokens[g]) + len(self.at) * sum(map(len, rows))
+
+
+def check_schedule(schedule: Schedule) -> None:
+    """Raises:
+    MergeError: a number of the schedule out of its range.
+    """
+    for name, fine, wanted in (
+        ("steps", schedule.steps >= 0, "0 or more"),
+        ("lr", schedule.lr > 0, "above 0"),
+        ("batch", schedule.batch >= 1, "at least 1"),
+        ("every", schedule.every >= 1, "at least 1"),
+        ("clip", schedule.clip is None or schedule.clip > 0, "above 0, or None"),
+        ("weight_decay", schedule.weight_decay >= 0, "0 or more"),
+        ("warmup", 0 <= schedule.warmup <= 1, "from 0 to 1"),
+    ):
+        if not fine:
+            raise MergeError(f"{name} is {getattr(schedule, name)}, expected {wanted}")
 
 
 def cosine_rate(step: int, schedule: Schedule) -> float:
@@ -65,6 +102,11 @@ def fit(
     seeds: Sequence[int],
     *,
     autocast: bool = False,
+    rates: Sequence[float] | None = None,
+    loss: Loss = row_losses,
+    penalty: Callable[[], Tensor] | None = None,
+    project: Callable[[float], None] | None = None,
+    watch: Watch | None = None,
 ) -> Curves:
     """Train `parameters` (each (G, …), changed in place) and leave them at each fit's best validation loss.
 
@@ -73,10 +115,19 @@ def fit(
         train: G lists of examples, of any lengths; each fit draws its own minibatches under its own seed.
         validation: G lists of equal length, or None to keep the last step.
         autocast: run the base in bf16 (GPU).
+        rates: a factor of the learning rate for each of `parameters`.
+        loss: of logits and labels, per row (sums, counts); in training and in validation alike.
+        penalty: (G,) added to the fits' training losses, never to validation or the curves.
+        project: called without gradients after every step, with the learning rate that it had, to put the parameters right
+            (a proximal step).
+        watch: called after every step with its number, the number of all and the mean training loss; true stops here, and
+            the best so far is kept.
 
     Raises:
-        MergeError: the numbers of fits disagree, or a loss is not finite (the fit is named by its place).
+        MergeError: the numbers of fits disagree, a schedule out of range, or a fit that diverges (it is named by its
+            place) with no finite validation loss to go back to.
     """
+    check_schedule(schedule)
     g = len(train)
     if any(p.shape[0] != g for p in parameters) or len(seeds) != g or (validation is not None and len(validation) != g):
         raise MergeError(
@@ -88,11 +139,16 @@ def fit(
     order = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     queues: list[list[int]] = [[] for _ in range(g)]
     rows = max(min(schedule.batch, len(examples)) for examples in train)
-    packed = Packed([row for examples in train for row in examples], base.device)
+    packed = Packed([row for examples in train for row in examples], base)
     first = np.cumsum([0, *[len(examples) for examples in train[:-1]]])
     for p in parameters:
         p.requires_grad_(True)
-    optimiser = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay, foreach=True)
+    groups = [
+        {"params": [p], "rate": rate} for p, rate in zip(parameters, rates or [1.0] * len(parameters), strict=True)
+    ]
+    if rates is None:
+        groups = [{"params": list(parameters), "rate": 1.0}]
+    optimiser = torch.optim.AdamW(groups, lr=schedule.lr, weight_decay=schedule.weight_decay, foreach=True)
     kept = [p.detach().clone() for p in parameters]
     best = torch.full((g,), float("inf"))
     tokens = torch.zeros(g, dtype=torch.long)
@@ -100,8 +156,8 @@ def fit(
 
     def check(step: int) -> None:
         with torch.no_grad():
-            result = score(base, validation, updates()).loss.mean(1)
-        better = result < best
+            result = score(base, validation, updates(), loss=loss).loss.mean(1)
+        better = result < best  # never where it is NaN
         best[better] = result[better]
         for p, keep in zip(parameters, kept, strict=True):
             keep[better.to(p.device)] = p.detach()[better.to(p.device)]
@@ -120,25 +176,38 @@ def fit(
             index[i, :own] = first[i] + np.array(queues[i][:own])
             del queues[i][:own]
         tokens += torch.from_numpy((packed.lengths[index] * mask.numpy()).sum(1)).long()
-        ids, labels, keep = packed.batch(index.reshape(-1))
+        batch = packed.batch(index.reshape(-1))
         mask = mask.to(base.device)
         with compose(base.model, updates()), torch.autocast(base.device.type, torch.bfloat16, enabled=autocast):
-            sums, counts = row_losses(base.logits(ids, keep), labels)
+            sums, counts = loss(base.logits(batch), batch.labels)
         each = (sums.view(g, rows) * mask).sum(1) / (counts.view(g, rows) * mask).sum(1)
         optimiser.zero_grad(set_to_none=True)
-        each.sum().backward()
+        total = each.sum() if penalty is None else each.sum() + penalty().sum()
+        total.backward()
         if schedule.clip is not None:
             clip_each(parameters, schedule.clip)
+        now = schedule.lr * cosine_rate(step, schedule)
         for group in optimiser.param_groups:
-            group["lr"] = schedule.lr * cosine_rate(step, schedule)
+            group["lr"] = now * group["rate"]
         optimiser.step()
+        if project is not None:
+            with torch.no_grad():
+                project(now)
         losses.append(each.detach())
-        if validation is not None and ((step + 1) % schedule.every == 0 or step + 1 == schedule.steps):
+        stop = watch is not None and watch(step + 1, schedule.steps, float(each.detach().mean()))
+        if validation is not None and ((step + 1) % schedule.every == 0 or step + 1 == schedule.steps or stop):
             check(step + 1)
+        if stop:
+            break
     train_curve = torch.stack(losses).cpu() if losses else torch.zeros(0, g)
-    if not torch.isfinite(train_curve).all():
+    if validation is None:  # the last step must do, so that its numbers have to be finite as well
+        finite = [p.detach().isfinite().flatten(1).all(1).cpu() for p in parameters]
+        lost = ~torch.stack([torch.isfinite(train_curve).all(0), *finite]).all(0)
+    else:
+        lost = torch.isinf(best)
+    if lost.any():
         raise MergeError(
-            f"fit {int((~torch.isfinite(train_curve)).any(0).nonzero()[0])} of {g} diverged (its loss is not finite); lower the learning rate"
+            f"fit {int(lost.nonzero()[0])} of {g} diverged (its loss is not finite); lower the learning rate"
         )
     with torch.no_grad():
         for p, keep in zip(parameters, kept, strict=True):

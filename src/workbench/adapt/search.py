@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from workbench.adapt.coefficients import Fitted, fold, side_by_side
+from workbench.adapt.fitted import Fitted, fold, side_by_side
+from workbench.adapt.gradient import Curves, Watch
 from workbench.adapters import Adapter, Factors
 from workbench.base import Base
 from workbench.compose import LowRank, grouped
 from workbench.errors import MergeError
 from workbench.evaluate import Encoded, score
+from workbench.merge.options import Count
 from workbench.stack import Stack
 
 __all__ = ["OBJECTIVES", "lorahub", "objective_value", "population_losses"]
@@ -134,16 +138,20 @@ def lorahub(
     train: Sequence[Sequence[Encoded]],
     *,
     seeds: Sequence[int],
-    space: str = "delta",
-    optimiser: str = "cma",
-    objective: str = "paper",
-    budget: int = 40,
+    space: Literal["delta", "factor"] = "delta",
+    optimiser: Literal["cma", "cobyla"] = "cma",
+    objective: Literal["paper", "reference"] = "paper",
+    budget: Count = 40,
     names: Sequence[str] | None = None,
+    watch: Watch | None = None,
 ) -> list[Fitted]:
     """Search weights in [−1.5, 1.5] from 0, one per adapter, for G fits; each counts its own evaluations up to `budget`.
 
     cma: pycma (σ₀ 0.5), w = 0 first, the generations of all fits in one forward pass. cobyla: scipy, one candidate at a
-    time (what nevergrad's NGOpt resolves to at these sizes). Returns the best candidate ever evaluated.
+    time (what nevergrad's NGOpt resolves to at these sizes). Returns the best candidate ever evaluated; `curves.train` is
+    the objective of each evaluation. `watch` is called with the number of evaluations, after each generation of all fits
+    (cma) or after each evaluation, fit after fit (cobyla); once it has asked to stop, fits to come evaluate w = 0 alone.
+    A budget below a generation (4 + ⌊3 ln K⌋) is spent on w = 0 and that generation's first candidates.
 
     Raises:
         MergeError: an unknown space, optimiser or objective, a budget below 1, stacks of unequal size, or a base that
@@ -180,17 +188,29 @@ def lorahub(
 
     if optimiser == "cma":
         searches = [_Search(k, budget, int(seed)) for seed in seeds]
-        while len(searches[0].history) < budget:
+        while (done := len(searches[0].history)) < budget:
             found = values(range(len(stacks)), np.stack([search.ask() for search in searches]))
             for search, row in zip(searches, found, strict=True):
                 search.tell(row)
+            done += len(searches[0].asked)
+            if watch is not None and watch(done, budget, float(np.mean([search.lowest for search in searches]))):
+                break
         best = [search.best for search in searches]
         histories = [search.history for search in searches]
     else:
-        best, histories = zip(
-            *[_cobyla(lambda w, i=i: values([i], w[None, None])[0, 0], k, budget) for i in range(len(stacks))],
-            strict=True,
-        )
+        stopped = False
+
+        def stop(i: int, done: int, lowest: float) -> bool:
+            nonlocal stopped
+            if watch is not None and not stopped:
+                stopped = bool(watch(i * budget + done, len(stacks) * budget, lowest))
+            return stopped
+
+        every = [
+            _cobyla(lambda w, i=i: values([i], w[None, None])[0, 0], k, budget, partial(stop, i))
+            for i in range(len(stacks))
+        ]
+        best, histories = zip(*every, strict=True)
     out = []
     for g, stack in enumerate(stacks):
         if not np.isfinite(histories[g]).any():
@@ -204,19 +224,25 @@ def lorahub(
                 name, {m: replace(f, B=f.B.cpu(), A=f.A.cpu()) for m, f in _mixed(stack, weights).items()}, stack.base
             )
         passes, tokens = len(histories[g]) * len(train[g]), len(histories[g]) * sum(len(row) for row in train[g])
-        out.append(Fitted(adapter, weights.expand(len(stack.modules), -1), None, passes, tokens))
+        history = torch.tensor(histories[g])
+        curves = Curves(history, torch.zeros(0), (), history.nan_to_num(nan=torch.inf).min(), torch.tensor(tokens))
+        out.append(Fitted(adapter, weights.expand(len(stack.modules), -1), curves, passes, tokens, None, k))
     return out
 
 
-def _cobyla(value: Callable[[np.ndarray], float], dimension: int, budget: int) -> tuple[np.ndarray, list[float]]:
+def _cobyla(
+    value: Callable[[np.ndarray], float], dimension: int, budget: int, stop: Callable[[int, float], bool]
+) -> tuple[np.ndarray, list[float]]:
     from scipy.optimize import minimize
 
     seen: list[tuple[float, np.ndarray]] = []
+    ended = False
 
     def counted(w: np.ndarray) -> float:
-        if len(seen) >= budget:  # COBYLA's own count allows a few more
-            return seen[-1][0]
-        seen.append((float(value(np.clip(w, -BOUND, BOUND))), np.clip(w, -BOUND, BOUND).copy()))
+        nonlocal ended
+        if not ended:  # COBYLA's own count allows a few more
+            seen.append((float(value(np.clip(w, -BOUND, BOUND))), np.clip(w, -BOUND, BOUND).copy()))
+            ended = stop(len(seen), min(loss for loss, _ in seen)) or len(seen) >= budget
         return seen[-1][0]
 
     minimize(

@@ -62,6 +62,8 @@ def accepts(hint, value) -> bool:
         return any(accepts(argument, value) for argument in arguments)
     if origin is Literal:
         return any(type(value) is type(argument) and value == argument for argument in arguments)
+    if origin is tuple and arguments[1:] == (...,):
+        return isinstance(value, tuple) and all(accepts(arguments[0], one) for one in value)
     if hint is int:
         return isinstance(value, Integral) and not isinstance(value, bool)
     if hint is float:
@@ -78,5 +80,7 @@ def words(hint) -> str:
         return " or ".join(words(argument) for argument in arguments)
     if origin is Literal:
         return "one of " + ", ".join(map(repr, arguments))
+    if origin is tuple:
+        return f"several, each {words(arguments[0])}"
     names = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text", NoneType: "None"}
     return names.get(hint, "any value")

@@ -1,0 +1,117 @@
+"""What a fit returns, and stacks brought side by side for many fits in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from workbench.adapt.gradient import Curves
+from workbench.adapters import Adapter, Factors
+from workbench.base import Base
+from workbench.errors import AdapterError, BaseError, MergeError
+from workbench.stack import Stack
+
+if TYPE_CHECKING:
+    from workbench.adapt.arrow import Router
+
+__all__ = ["Fitted", "fold", "modules_of", "side_by_side", "unit_means"]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a fit returns: the update, its coefficients (M, N) per module and adapter, and the curves.
+
+    `adapter` is an ordinary adapter, or the routed model of a method that routes tokens. At unit granularity `units` has
+    the coefficients themselves, module → (R,), and `coefficients` each adapter's mean. `passes` counts examples fed
+    forward, `tokens` their tokens, in training and in the choice of the best step together; `parameters` is the number of
+    trained ones.
+    """
+
+    adapter: Adapter | Router
+    coefficients: Tensor
+    curves: Curves | None
+    passes: int
+    tokens: int
+    units: Mapping[str, Tensor] | None = None
+    parameters: int = 0
+
+
+def fold(stack: Stack, coefficients: Tensor | Mapping[str, Tensor], name: str, info: dict | None = None) -> Adapter:
+    """Σ_i c_{m,i} ΔW_{i,m} as one adapter, exactly: every unit kept, its coefficient in B.
+
+    Coefficients are (N,), (M, N), or per unit: module → (R,).
+
+    Raises:
+        MergeError: coefficients of the wrong length.
+    """
+    n, m = len(stack), len(stack.modules)
+    if isinstance(coefficients, Mapping):
+        got = {module: tuple(one.shape) for module, one in coefficients.items()}
+        if got != {module: (len(units),) for module, units in stack}:
+            raise MergeError(f"expected one coefficient a unit of {m} modules, got shapes {list(got.values())[:4]}")
+        each = {module: one.to(stack.device) for module, one in coefficients.items()}
+    elif tuple(coefficients.shape) not in ((n,), (m, n)):
+        raise MergeError(f"expected coefficients ({n},) or ({m}, {n}), got {tuple(coefficients.shape)}")
+    else:
+        full = coefficients.expand(m, n).to(stack.device)
+        each = {module: full[i][units.owner] for i, (module, units) in enumerate(stack)}
+    modules = {
+        module: Factors(units.times(each[module]).cpu(), units.A.cpu(), embedding=units.embedding)
+        for module, units in stack
+    }
+    return Adapter(name, modules, stack.base, info or {})
+
+
+def unit_means(stack: Stack, units: Mapping[str, Tensor]) -> Tensor:
+    """(M, N) mean over each adapter's units of coefficients per unit; 0 where it does not have the module."""
+    out = torch.zeros(len(stack.modules), len(stack))
+    for i, (module, own) in enumerate(stack):
+        out[i].index_add_(0, own.owner.cpu(), units[module].cpu().float())
+        out[i] /= own.ranks(len(stack)).cpu().clamp_min(1)
+    return out
+
+
+def side_by_side(stacks: Sequence[Stack], base: Base) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Per module of G stacks B (G, d_out, R), A (G, R, d_in) and owner (G, R), filled up with zeros, on the base's device."""
+    out = {}
+    for module in modules_of(stacks, base, alike=False):
+        units = [stack.modules.get(module) for stack in stacks]
+        widest = max(len(u) for u in units if u is not None)
+        d_out, d_in = next(u.shape for u in units if u is not None)
+        B, A = torch.zeros(len(units), d_out, widest), torch.zeros(len(units), widest, d_in)
+        owner = torch.zeros(len(units), widest, dtype=torch.long)
+        for g, u in enumerate(units):
+            if u is not None:
+                B[g, :, : len(u)], A[g, : len(u)], owner[g, : len(u)] = u.B.cpu(), u.A.cpu(), u.owner.cpu()
+        out[module] = (B.to(base.device), A.to(base.device), owner.to(base.device))
+    return out
+
+
+def modules_of(stacks: Sequence[Stack], base: Base, *, alike: bool = True) -> list[str]:
+    """The modules of all stacks, in the base's order; `alike` demands equally many adapters of each.
+
+    Raises:
+        MergeError: stacks of unequal numbers of adapters.
+        BaseError, AdapterError: a module that the base lacks, or of another shape there.
+    """
+    if alike and len({len(stack) for stack in stacks}) != 1:
+        raise MergeError(
+            f"fits side by side need stacks of equally many adapters, got {sorted({len(s) for s in stacks})}"
+        )
+    found = {module: units.shape for stack in stacks for module, units in stack}
+    if absent := [module for module in found if module not in base.layers]:
+        raise BaseError(
+            f"{len(absent)} of {len(found)} modules are not in this base, such as {absent[0]!r}; are the adapters of another base?"
+        )
+    for stack in stacks:
+        for module, units in stack:
+            if units.shape != base.layers[module]:
+                (d_out, d_in), (rows, columns) = units.shape, base.layers[module]
+                raise AdapterError(
+                    f"{stack.names[int(units.owner[0])]}: {module} is {d_out}×{d_in}, the base's is {rows}×{columns}"
+                )
+    return [module for module in base.layers if module in found]
