@@ -10,7 +10,7 @@ import difflib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from operator import index
 from pathlib import Path
 
@@ -18,12 +18,13 @@ import pandas as pd
 
 from workbench.adapt import ADAPTIVE
 from workbench.base import Base
-from workbench.controls import MATCHES
+from workbench.baselines import BASELINES
+from workbench.controls import BUT_OWN, CONTROLS, SHUFFLED
 from workbench.errors import MergeError, SelectionError, TaskError
 from workbench.merge import methods
 from workbench.pool import Pool
 from workbench.results import Results, provenance, run_key
-from workbench.runs import BASELINES, Case, Outcome, Workplace, check_examples, check_options, run
+from workbench.runs import Case, Outcome, Workplace, check_examples, check_options, run
 from workbench.select import SELECTIONS, choose
 from workbench.tasks import Task
 from workbench.tasks import load as load_task
@@ -35,9 +36,17 @@ __all__ = ["NEW_ADAPTER", "ZERO_SHOT", "Recipe", "compare"]
 class Recipe:
     """How to get an update for a task: select k adapters, perhaps replace them by random ones, merge or fit.
 
-    method: a merging method (`workbench.merge.methods()`; its λ is tuned on the validation split), "coefficients",
-    "lorahub", or a baseline: "zero-shot", "in-context" (option shots), "new adapter" (options rank, ratio, steps, lr).
-    control: "" for the real adapters, or what random ones are matched by: sigma, norm, spectrum.
+    method: a merging method (`workbench.merge.methods()`; its λ is tuned on the validation split), an adaptive one
+    (`workbench.adapt.ADAPTIVE`: "coefficients", "lorahub", …), or a baseline (`workbench.baselines.BASELINES`: "zero-shot",
+    "in-context", "new adapter", "best single", "random subspace", …).
+    select, k, skip: how adapters are ranked, how many are taken, and how many of the best are left out before.
+    A closeness is to the target's own adapter; where training it never lowered the validation loss, it is zero, nothing is
+    close to it, and the order is random.
+    own: the target's own adapter (the baseline "new adapter", on the same examples) comes first, on top of the k.
+    control: "" for the real adapters, or what random ones are matched by: sigma, norm, spectrum; "sigma but own" and its
+    like keep the target's own; "shuffled" hands the coefficients of the real fit to other adapters.
+    tune: option → values; each combination is run, and the one of least validation loss stands (what all of them cost is
+    counted): equal tuning for methods and baselines.
     Further keyword arguments are the method's options; one that has a name of the above goes into `options`, such as
     `Recipe("lego", k=10, options={"k": 16})`: ten adapters, sixteen clusters. Methods that need each adapter's examples
     (`regmean`, `fisher`) get 16 of its own task's, which are known for bundled adapters only.
@@ -46,8 +55,11 @@ class Recipe:
     method: str
     select: str
     k: int
+    skip: int
+    own: bool
     control: str
     options: tuple[tuple[str, object], ...]
+    tune: tuple[tuple[str, tuple], ...]
 
     def __init__(
         self,
@@ -55,8 +67,11 @@ class Recipe:
         *,
         select: str = "random",
         k: int = 10,
+        skip: int = 0,
+        own: bool = False,
         control: str = "",
         options: Mapping | None = None,
+        tune: Mapping | None = None,
         **more,
     ):
         known = [*methods(), *ADAPTIVE, *BASELINES]
@@ -65,40 +80,68 @@ class Recipe:
             raise MergeError(
                 f"no method {method!r}; {'did you mean ' + ' or '.join(near) + '?' if near else 'there are ' + ', '.join(known)}"
             )
-        if control and control not in MATCHES:
-            raise MergeError(f"random control {control!r} is unknown; choose one of {', '.join(MATCHES)}")
+        if control and control not in CONTROLS:
+            raise MergeError(f"control {control!r} is unknown; choose one of {', '.join(CONTROLS)}")
         if method in BASELINES:
-            select, k, control = "", 0, ""
+            select, k, skip, own, control = "", 0, 0, False, ""
         elif select not in SELECTIONS:
             near = difflib.get_close_matches(str(select), SELECTIONS, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(SELECTIONS)}"
             raise SelectionError(f"no selection method {select!r}; {hint}")
-        k, options = index(k), {name: _plain(value) for name, value in {**(options or {}), **more}.items()}
+        k, skip = index(k), index(skip)
+        options = {name: _plain(value) for name, value in {**(options or {}), **more}.items()}
+        tune = {name: _plain(values) for name, values in (tune or {}).items()}
+        for name, values in tune.items():
+            if name in options or not isinstance(values, tuple) or not values:
+                raise MergeError(
+                    f"{method}: {name} is {'both set and tuned' if name in options else f'tuned over {values!r}, expected a list of values'}"
+                )
         check_options(method, options)
-        for name, value in {"method": method, "select": select, "k": k, "control": control}.items():
+        for name, values in tune.items():
+            for value in values:
+                check_options(method, {**options, name: value})
+        if control.endswith(BUT_OWN) and not own:
+            raise MergeError(f"control {control!r} keeps the target's own adapter, which own=True brings in")
+        if options.get("start") == "target" and not own:
+            raise MergeError("start 'target' begins at the target's own adapter, which own=True brings in")
+        if control == SHUFFLED and not (method in ADAPTIVE and ADAPTIVE[method].folds(options)):
+            folding = [name for name, one in ADAPTIVE.items() if one.folds({})]
+            raise MergeError(
+                f"{method} has no coefficients over a fixed stack to shuffle; {', '.join(folding)} have (LoraHub in delta space)"
+            )
+        given = {"method": method, "select": select, "k": k, "skip": skip, "own": bool(own), "control": control}
+        for name, value in given.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "options", tuple(sorted(options.items())))
+        object.__setattr__(self, "tune", tuple(sorted(tune.items())))
 
     @property
     def label(self) -> str:
         """A short name for tables and figures, such as "lego, evaluation 10, random (sigma)"."""
         parts = [self.method] if self.method in BASELINES else [self.method, f"{self.select} {self.k}"]
-        return ", ".join(
-            parts
-            + [f"{key}={value}" for key, value in self.options]
-            + [f"random ({self.control})"] * bool(self.control)
-        )
+        parts += [f"after {self.skip}"] * bool(self.skip) + ["own"] * self.own
+        parts += [f"{key}={value}" for key, value in self.options]
+        parts += [f"{key} of {'/'.join(map(str, values))}" for key, values in self.tune]
+        control = SHUFFLED if self.control == SHUFFLED else f"random ({self.control})"
+        return ", ".join(parts + [control] * bool(self.control))
 
     @property
     def version(self) -> int:
         """The method's own version number, part of a run's key."""
-        if self.method in BASELINES:
-            return BASELINES[self.method]
-        return ADAPTIVE[self.method][1] if self.method in ADAPTIVE else methods()[self.method].version
+        return {**methods(), **ADAPTIVE, **BASELINES}[self.method].version
 
     def against(self, control: str = "sigma") -> Recipe:
-        """The same recipe over matched random adapters."""
-        return Recipe(self.method, select=self.select, k=self.k, control=control, options=dict(self.options))
+        """The same recipe over matched random adapters, or another control."""
+        return self._with(control=control)
+
+    def at(self, options: Mapping) -> Recipe:
+        """The same recipe with nothing left to tune, these options set instead."""
+        return self._with(options={**dict(self.options), **options}, tune={})
+
+    def _with(self, **changed) -> Recipe:
+        given = {name: getattr(self, name) for name in ("select", "k", "skip", "own", "control")}
+        given |= {"options": dict(self.options), "tune": dict(self.tune)} | changed
+        return Recipe(self.method, **given)
 
 
 ZERO_SHOT, NEW_ADAPTER = Recipe("zero-shot"), Recipe("new adapter")
@@ -117,6 +160,7 @@ def compare(
     control: str = "sigma",
     baselines: Sequence[Recipe] = (ZERO_SHOT, NEW_ADAPTER),
     results: str | Path | None = None,
+    place: Workplace | None = None,
     say: Callable[[str], None] | None = None,
 ) -> pd.DataFrame:
     """Run every recipe, its random control and the baselines on every task and seed; one tidy row each.
@@ -126,15 +170,19 @@ def compare(
 
     Args:
         tasks: names for `workbench.tasks.load`, or tasks.
-        control: what the random controls are matched by (sigma, norm, spectrum); "" leaves them out.
+        control: what the random controls are matched by (sigma, norm, spectrum) or another control of `Recipe`; "" leaves
+            them out.
         baselines: recipes run beside; () leaves them out.
         results: a folder; rows already stored there under the same key are read, not run again.
+        place: a `runs.Workplace` over this base and pool, which keeps encoded examples, selections and targets' own adapters
+            from one comparison to the next.
         say: called with a line of progress per recipe.
 
     Returns:
-        Columns: key, task, kind, operation, domain, format, recipe, method, select, k, control, options, seed, n_train,
-        accuracy and loss on the test split, train_loss, train_accuracy, validation_loss, scale (λ, tuned),
-        accuracy_unscaled (at λ = 1), rank, norm, tokens_per_example, passes, tokens, seconds, chosen, and provenance.
+        Columns: key, task, kind, operation, domain, format, recipe, method, select, k, skip, own, control, options, tune,
+        seed, n_train, accuracy and loss on the test split, train_loss, train_accuracy, validation_loss, scale (λ, tuned),
+        accuracy_unscaled (at λ = 1), tuned (the options chosen), rank, norm, stable_rank, parameters (trained numbers),
+        diverged, tokens_per_example, passes, tokens, seconds, chosen, and provenance. `stats.report` sums them up.
 
     Raises:
         TaskError: no tasks, or one that does not exist.
@@ -168,9 +216,9 @@ def compare(
         raise MergeError("nothing to compare: give at least one recipe or baseline")
     for recipe in every:
         if recipe.method not in BASELINES:
-            choose(pool, "random", recipe.k)  # a k out of range is said before anything runs
-            check_examples(recipe.method, pool)
-    store, place, frames = Results(results) if results else None, Workplace(base, pool), []
+            choose(pool, "random", recipe.k, skip=recipe.skip)  # a k out of range is said before anything runs
+            check_examples(recipe, pool)
+    store, place, frames = Results(results) if results else None, place or Workplace(base, pool), []
     for number, recipe in enumerate(every, 1):
         keys = [_key(base, pool, case, recipe) for case in cases]
         todo = [i for i, key in enumerate(keys) if not (store and store.has(key))]
@@ -202,10 +250,10 @@ def _plain(value):
 def _key(base: Base, pool: Pool, case: Case, recipe: Recipe) -> str:
     return run_key(
         {
-            "pool": "" if recipe.method in BASELINES else pool.digest,
+            "pool": "" if recipe.method in BASELINES and recipe.method != "best single" else pool.digest,
             "base": base.digest,
             "task": [case.task.name, case.digest],
-            "recipe": [recipe.method, recipe.select, recipe.k, recipe.control, recipe.options],
+            "recipe": [getattr(recipe, field.name) for field in fields(recipe)],
             "version": recipe.version,
             "seed": case.seed,
             "dtype": str(base.dtype),
@@ -225,8 +273,11 @@ def _row(key: str, base: Base, pool: Pool, case: Case, recipe: Recipe, outcome: 
         "method": recipe.method,
         "select": recipe.select,
         "k": recipe.k,
+        "skip": recipe.skip,
+        "own": recipe.own,
         "control": recipe.control,
         "options": json.dumps(dict(recipe.options)),
+        "tune": json.dumps(dict(recipe.tune)),
         "seed": case.seed,
         "n_train": len(task.train),
         "n_validation": len(task.validation),

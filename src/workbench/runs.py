@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import difflib
+import itertools
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 
-from workbench.adapt import ADAPTIVE, fit_many, options_of, scheduled
-from workbench.adapt.fresh import NEW_ADAPTER, Plan, train_fresh
-from workbench.adapt.gradient import Schedule
+from workbench.adapt import ADAPTIVE, fit_many
+from workbench.adapt.arrow import routed
+from workbench.adapt.fitted import fold
 from workbench.adapters import Adapter
 from workbench.base import Base
+from workbench.baselines import BASELINES, train_many
 from workbench.compose import LowRank, grouped
-from workbench.controls import random_like
+from workbench.controls import BUT_OWN, SHUFFLED, random_like, shuffled
 from workbench.errors import MergeError
 from workbench.evaluate import Encoded, encode_task, score
 from workbench.merge import Dense, collect, merge, methods
 from workbench.nano import world
 from workbench.pool import Pool
-from workbench.select import choose
+from workbench.select import CLOSENESS, choose
+from workbench.spectra import stable_ranks
 from workbench.stack import Stack
 from workbench.tasks import Task, upstream
 
 __all__ = [
-    "BASELINES",
     "EXAMPLES",
+    "OWN",
     "SCALES",
     "Case",
     "Outcome",
@@ -38,40 +41,33 @@ __all__ = [
     "tune_scales",
 ]
 
-BASELINES = {"zero-shot": 1, "in-context": 1, "new adapter": 1}  # name → version
-_BASELINE_OPTIONS = {
-    "zero-shot": (),
-    "in-context": ("shots",),
-    "new adapter": tuple(option.name for kind in (Plan, Schedule) for option in fields(kind)),
-}
 _OF_ANY_MERGE = ("weights", "scale", "rank")
+OWN = "own"  # the name of the target's own adapter among the chosen
 EXAMPLES = 16  # of each adapter's own task, for merges that need them; part of those methods' versions
 SCALES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
 
 
 def check_options(method: str, options: Mapping) -> None:
-    """Check a recipe's options before anything runs: their names, and a merging method's values.
+    """Check a recipe's options before anything runs, their names and values.
 
     Raises:
         MergeError: an option that the method does not have (near names are given), or a value that it does not allow.
     """
     if method in methods():
         methods()[method].settings({name: value for name, value in options.items() if name not in _OF_ANY_MERGE})
-        return
-    known = options_of(method) if method in ADAPTIVE else _BASELINE_OPTIONS[method]
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise MergeError(f"{method} has no option {name!r}{hint}; it takes {', '.join(known) or 'none'}")
+    elif method in ADAPTIVE:
+        ADAPTIVE[method].settings(options)
+    else:
+        BASELINES[method].check(options)
 
 
-def check_examples(method: str, pool: Pool) -> None:
+def check_examples(recipe, pool: Pool) -> None:
     """Check, before anything runs, that a merge which needs the adapters' examples can have them.
 
     Raises:
         MergeError: the pool holds adapters that are not bundled ones, whose tasks are not known.
     """
+    method = recipe.method
     needs = methods()[method].needs if method in methods() else ""
     unknown = [name for name in pool.names if world.find(name) is None] if needs else []
     if unknown:
@@ -102,15 +98,16 @@ class Outcome:
 
 
 class Workplace:
-    """A base, a pool, and what runs over them can share: encoded splits, selections, merges."""
+    """A base, a pool, and what runs over them can share: encoded splits, targets' own adapters, selections, merges."""
 
     def __init__(self, base: Base, pool: Pool):
         self.base, self.pool = base, pool
         self.side_by_side = 512 if base.device.type == "cuda" else 8
         self._encoded: dict = {}
+        self._own: dict[tuple[str, int], Adapter] = {}
         self._stacks: dict = {}
         self._merged: dict = {}
-        self._originals: dict = {}  # id of a stack → the names of the adapters it holds or stands in for
+        self._examples: dict[int, list[Task]] = {}  # id of a stack → the task of each adapter it holds or stands in for
 
     def encoded(self, case: Case, split: str, shots: int = 0) -> list[Encoded]:
         """A split's examples as token ids, made once."""
@@ -121,116 +118,162 @@ class Workplace:
             self._encoded[key] = encode_task(self.base, task, examples, shots=shots, seed=case.seed)
         return self._encoded[key]
 
-    def stack(self, recipe, case: Case) -> Stack:
-        """The recipe's adapters for a case, or their random stand-ins."""
-        names = tuple(choose(self.pool, recipe.select, recipe.k, task=case.task, base=self.base, seed=case.seed))
-        key = (names, recipe.control, case.seed if recipe.control else 0)
+    def own(self, cases: Sequence[Case]) -> list[Adapter]:
+        """The targets' own adapters: the baseline "new adapter" at its defaults, trained once for each case."""
+        new = [case for case in cases if (case.digest, case.seed) not in self._own]
+        if new:
+            for case, (adapter, _) in zip(new, train_many(self, "new adapter", new, {}), strict=True):
+                self._own[case.digest, case.seed] = replace(adapter, name=OWN)
+        return [self._own[case.digest, case.seed] for case in cases]
+
+    def stacks(self, recipe, cases: Sequence[Case]) -> list[Stack]:
+        """The recipe's adapters for each case, or their random stand-ins."""
+        wanted = recipe.own or recipe.select in CLOSENESS
+        targets = self.own(cases) if wanted else [None] * len(cases)
+        return [self._stack(recipe, case, target) for case, target in zip(cases, targets, strict=True)]
+
+    def _stack(self, recipe, case: Case, target: Adapter | None) -> Stack:
+        blank = recipe.select in CLOSENESS and target.norm() == 0
+        names = choose(
+            self.pool,
+            "random" if blank else recipe.select,
+            recipe.k,
+            task=case.task,
+            base=self.base,
+            seed=case.seed,
+            skip=recipe.skip,
+            target=target,
+        )
+        control = "" if recipe.control == SHUFFLED else recipe.control
+        key = (tuple(names), control, case.seed if control else 0, (case.digest, case.seed) if recipe.own else ())
         if key not in self._stacks:
             chosen = self.pool.stack(names)
-            self._stacks[key] = random_like(chosen, recipe.control, seed=case.seed) if recipe.control else chosen
-            self._originals[id(self._stacks[key])] = names
+            if recipe.own:
+                own = replace(target, base=chosen.base)
+                chosen = Stack.of([own, *(chosen.adapter(i) for i in range(len(chosen)))])
+            keep = [0] if recipe.own and control.endswith(BUT_OWN) else []
+            match = control.removesuffix(BUT_OWN)
+            self._stacks[key] = random_like(chosen, match, seed=case.seed, keep=keep) if control else chosen
+            if recipe.method in methods() and methods()[recipe.method].needs:
+                tasks = list(upstream(names, EXAMPLES).values())
+                self._examples[id(self._stacks[key])] = [case.task] * recipe.own + tasks
         return self._stacks[key]
 
     def merged(self, recipe, stack: Stack) -> Adapter:
         """The merge of a stack, made once however many tasks ask for it."""
         key = (id(stack), recipe.method, recipe.options)
         if key not in self._merged:
-            known = self._statistics(stack, methods()[recipe.method].needs)
+            needs = methods()[recipe.method].needs
+            known = self._statistics(stack, needs) if needs else None
             result = merge(stack, recipe.method, statistics=known, **dict(recipe.options))
             self._merged[key] = result.truncate() if isinstance(result, Dense) else result
         return self._merged[key]
 
     def _statistics(self, stack: Stack, needs: str):
         """What a merge needs of the adapters' examples, a random stand-in taking those of the adapter it replaces."""
-        if not needs:
-            return None
-        tasks = upstream(self._originals[id(stack)], EXAMPLES)
-        examples = dict(zip(stack.names, tasks.values(), strict=True))
+        examples = dict(zip(stack.names, self._examples[id(stack)], strict=True))
         return collect(self.base, stack, examples, gradients=needs == "gradients")
+
+    def scored(self, cases: Sequence[Case], adapters: Sequence | None, shots: int = 0) -> list[Outcome]:
+        """Test, training and validation scores of each case under its adapter or routed model (None: the base alone)."""
+        plain = bool(adapters) and all(isinstance(adapter, Adapter) for adapter in adapters)
+        updates = (grouped if plain else routed)(adapters, self.base.device) if adapters else None
+        facts: list[dict] = [{} for _ in cases]
+        for split, prefix in (("test", ""), ("train", "train_"), ("validation", "validation_")):
+            if shots and split == "train":
+                continue  # the demonstrations come from there
+            groups = [self.encoded(case, split, shots) for case in cases]
+            result = score(self.base, groups, updates)
+            for row, accuracy, loss, encoded in zip(
+                facts, result.accuracy.tolist(), result.loss.mean(1).tolist(), groups, strict=True
+            ):
+                row |= {f"{prefix}accuracy": accuracy, f"{prefix}loss": loss}
+                if split == "test":
+                    row["tokens_per_example"] = sum(map(len, encoded)) / len(encoded)
+        if plain:
+            for row, adapter, stable in zip(facts, adapters, stable_ranks(updates).tolist(), strict=True):
+                row |= {"rank": adapter.rank, "norm": adapter.norm(), "stable_rank": stable}
+        return [Outcome(row) for row in facts]
 
 
 def run(place: Workplace, recipe, cases: Sequence[Case]) -> list[Outcome]:
-    """Run one recipe on many cases; outcomes in their order."""
+    """Run one recipe on many cases; outcomes in their order.
+
+    A recipe with options to tune runs at each combination of their values; the one of least validation loss stands for the
+    case, and what all of them spent is its cost.
+    """
+    if recipe.tune:
+        names, values = zip(*recipe.tune, strict=True)
+        tried = [dict(zip(names, combination, strict=True)) for combination in itertools.product(*values)]
+        found = [run(place, recipe.at(options), cases) for options in tried]
+        return [_best([outcomes[i] for outcomes in found], tried) for i in range(len(cases))]
     found: dict[int, Outcome] = {}
     sizes = [tuple(len(getattr(case.task, split)) for split in ("train", "validation", "test")) for case in cases]
     for size in dict.fromkeys(sizes):
         like = [i for i, own in enumerate(sizes) if own == size]
         for start in range(0, len(like), place.side_by_side):
             part = like[start : start + place.side_by_side]
-            found |= zip(
-                part, _FAMILIES.get(recipe.method, _merged)(place, recipe, [cases[i] for i in part]), strict=True
-            )
+            found |= zip(part, _one(place, recipe, [cases[i] for i in part]), strict=True)
     return [found[i] for i in range(len(cases))]
 
 
-def _prompted(place: Workplace, recipe, cases: Sequence[Case]) -> list[Outcome]:
-    shots = dict(recipe.options).get("shots", 5) if recipe.method == "in-context" else 0
-    outcomes = _scored(place, cases, None, shots)
-    for outcome in outcomes:
-        outcome.facts |= {"rank": 0, "norm": 0.0, "passes": 0, "tokens": 0}
-    return outcomes
+def _best(outcomes: Sequence[Outcome], tried: Sequence[Mapping]) -> Outcome:
+    losses = torch.tensor([outcome.facts["validation_loss"] for outcome in outcomes]).nan_to_num(nan=torch.inf)
+    i = int(losses.argmin())
+    spent = {name: sum(outcome.facts[name] for outcome in outcomes) for name in ("passes", "tokens")}
+    return replace(outcomes[i], facts=outcomes[i].facts | spent | {"tuned": json.dumps(tried[i])})
 
 
-def _new(place: Workplace, recipe, cases: Sequence[Case]) -> list[Outcome]:
-    schedule, own = scheduled(NEW_ADAPTER, dict(recipe.options))
-    plan = Plan(**own)
-    train, validation = ([place.encoded(case, split) for case in cases] for split in ("train", "validation"))
-    adapters, curves = train_fresh(
-        place.base,
-        [f"new-{case.task.name}" for case in cases],
-        train,
-        validation,
-        schedule,
-        seeds=[case.seed for case in cases],
-        plans=[plan] * len(cases),
-    )
-    outcomes = _scored(place, cases, adapters)
-    for g, outcome in enumerate(outcomes):
-        checks = len(curves.at)
-        passes = schedule.steps * min(schedule.batch, len(train[g])) + checks * len(validation[g])
-        outcome.facts |= {"passes": passes, "tokens": int(curves.tokens[g]) + checks * sum(map(len, validation[g]))}
-    return outcomes
-
-
-def _fitted(place: Workplace, recipe, cases: Sequence[Case]) -> list[Outcome]:
-    stacks = [place.stack(recipe, case) for case in cases]
-    train, validation = ([place.encoded(case, split) for case in cases] for split in ("train", "validation"))
-    fits = fit_many(
-        place.base,
-        stacks,
-        train,
-        validation,
-        recipe.method,
-        seeds=[case.seed for case in cases],
-        **dict(recipe.options),
-    )
-    outcomes = _scored(place, cases, [fit.adapter for fit in fits])
-    for outcome, fit, stack in zip(outcomes, fits, stacks, strict=True):
+def _one(place: Workplace, recipe, cases: Sequence[Case]) -> list[Outcome]:
+    if recipe.method in BASELINES:
+        return BASELINES[recipe.method].run(place, dict(recipe.options), cases)
+    stacks = place.stacks(recipe, cases)
+    outcomes = (_fitted if recipe.method in ADAPTIVE else _merged)(place, recipe, cases, stacks)
+    for outcome, stack in zip(outcomes, stacks, strict=True):
         outcome.chosen = list(stack.names)
+    return outcomes
+
+
+def _fitted(place: Workplace, recipe, cases: Sequence[Case], stacks: Sequence[Stack]) -> list[Outcome]:
+    train, validation = ([place.encoded(case, split) for case in cases] for split in ("train", "validation"))
+    seeds, options = [case.seed for case in cases], dict(recipe.options)
+    if options.get("start") == "target":
+        options.setdefault("target", 0)  # the target's own adapter comes first
+    fits = fit_many(place.base, stacks, train, validation, recipe.method, seeds=seeds, **options)
+    adapters = [fit.adapter for fit in fits]
+    if recipe.control == SHUFFLED:
+        given = [
+            shuffled(s, f.coefficients, f.units, seed=seed) for s, f, seed in zip(stacks, fits, seeds, strict=True)
+        ]
+        adapters = [fold(stack, own, SHUFFLED) for stack, own in zip(stacks, given, strict=True)]
+    outcomes = place.scored(cases, adapters)
+    trains = ADAPTIVE[recipe.method].schedule is not None and fits[0].curves is not None
+    for outcome, fit in zip(outcomes, fits, strict=True):
         outcome.facts |= {
             "passes": fit.passes,
             "tokens": fit.tokens,
+            "parameters": fit.parameters,
+            "diverged": trains and not bool(torch.isfinite(fit.curves.train).all()),
             "coefficient_mean": float(fit.coefficients.mean()),
             "coefficient_norm": float(fit.coefficients.norm()),
         }
     return outcomes
 
 
-def _merged(place: Workplace, recipe, cases: Sequence[Case]) -> list[Outcome]:
-    stacks = [place.stack(recipe, case) for case in cases]
+def _merged(place: Workplace, recipe, cases: Sequence[Case], stacks: Sequence[Stack]) -> list[Outcome]:
     adapters = [place.merged(recipe, stack) for stack in stacks]
     validation = [place.encoded(case, "validation") for case in cases]
     best = tune_scales(place.base, adapters, validation)
-    unscaled = _scored(place, cases, adapters)
-    outcomes = _scored(place, cases, [adapter.times(scale) for adapter, scale in zip(adapters, best, strict=True)])
-    for outcome, plain, scale, stack, rows in zip(outcomes, unscaled, best, stacks, validation, strict=True):
-        outcome.chosen = list(stack.names)
+    unscaled = place.scored(cases, adapters)
+    outcomes = place.scored(cases, [adapter.times(scale) for adapter, scale in zip(adapters, best, strict=True)])
+    for outcome, plain, scale, rows in zip(outcomes, unscaled, best, validation, strict=True):
         fed = len(SCALES) * len(rows), len(SCALES) * sum(map(len, rows))
         outcome.facts |= {
             "scale": scale,
             "accuracy_unscaled": plain.facts["accuracy"],
             "passes": fed[0],
             "tokens": fed[1],
+            "parameters": 1,
         }
     return outcomes
 
@@ -243,28 +286,3 @@ def tune_scales(base: Base, adapters: Sequence[Adapter], validation: Sequence[Se
     losses = score(base, [rows for rows in validation for _ in range(n)], updates).loss.mean(1).view(len(adapters), n)
     losses = losses.nan_to_num(nan=torch.inf, posinf=torch.inf)  # a λ that overflows is no minimum
     return [SCALES[i] for i in losses.argmin(1).tolist()]
-
-
-def _scored(
-    place: Workplace, cases: Sequence[Case], adapters: Sequence[Adapter] | None, shots: int = 0
-) -> list[Outcome]:
-    """Test, training and validation scores of each case under its adapter (None: the base alone)."""
-    updates = grouped(adapters, place.base.device) if adapters else None
-    facts: list[dict] = [{} for _ in cases]
-    for split, prefix in (("test", ""), ("train", "train_"), ("validation", "validation_")):
-        if shots and split == "train":
-            continue  # the demonstrations come from there
-        groups = [place.encoded(case, split, shots) for case in cases]
-        result = score(place.base, groups, updates)
-        for row, accuracy, loss, encoded in zip(
-            facts, result.accuracy.tolist(), result.loss.mean(1).tolist(), groups, strict=True
-        ):
-            row |= {f"{prefix}accuracy": accuracy, f"{prefix}loss": loss}
-            if split == "test":
-                row["tokens_per_example"] = sum(map(len, encoded)) / len(encoded)
-    for g, adapter in enumerate(adapters or []):
-        facts[g] |= {"rank": adapter.rank, "norm": adapter.norm()}
-    return [Outcome(row) for row in facts]
-
-
-_FAMILIES = {"zero-shot": _prompted, "in-context": _prompted, "new adapter": _new, **dict.fromkeys(ADAPTIVE, _fitted)}

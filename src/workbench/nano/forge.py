@@ -147,10 +147,10 @@ def train_base(preset: Preset, device: str = "cpu", *, workers: int = 1, say=pri
 
 
 def train_pool(
-    base: Base, specs: Sequence[world.Spec], plans: Sequence[Plan], preset: Preset, seeds: Sequence[int]
+    base: Base, specs: Sequence[world.Spec], plans: Sequence[Plan], preset: Preset, seeds: Sequence[int], draw: int = 0
 ) -> tuple[list[Adapter], Curves]:
-    """Train one adapter per upstream task, all at once."""
-    tasks = [world.make_task(spec, n_train=preset.examples, n_validation=50, n_test=1) for spec in specs]
+    """Train one adapter per task, all at once; `draw` is the seed of the examples."""
+    tasks = [world.make_task(spec, seed=draw, n_train=preset.examples, n_validation=50, n_test=1) for spec in specs]
     return train_fresh(
         base,
         [spec.slug for spec in specs],

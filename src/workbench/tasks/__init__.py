@@ -88,7 +88,7 @@ def upstream(adapters: Iterable[str], n: int = 16, *, seed: int = 0) -> dict[str
 
     Args:
         adapters: names, or what has `names` (a pool, a stack).
-        n: training examples, drawn under `seed`; with 0 they are the first of those that the adapter was trained on.
+        n: training examples, drawn under `seed`; under seed 0 they are the first of the 4,000 that the adapter was trained on.
 
     Raises:
         TaskError: an adapter that is not a bundled one; its examples are the user's to give.

@@ -1,0 +1,192 @@
+"""What stands beside every merge: nothing at all, demonstrations, newly trained adapters, and the best single adapter.
+
+A baseline takes a recipe's cases side by side and returns one outcome each; `BASELINES` has them by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Literal, get_type_hints
+
+import torch
+
+from workbench.adapt import checked, schedule_options, scheduled
+from workbench.adapt.fresh import NEW_ADAPTER, Plan, train_fresh
+from workbench.adapt.frugal import (
+    CORE,
+    FULL,
+    RANK_3,
+    RANK_8,
+    RANK_64,
+    SUBSPACE,
+    VECTORS,
+    degrees_of_freedom,
+    train_core,
+    train_full,
+    train_subspace,
+    train_vectors,
+)
+from workbench.adapt.gradient import Schedule, check_schedule
+from workbench.adapters import Adapter
+from workbench.base import Base
+from workbench.compose import grouped
+from workbench.controls import random_like
+from workbench.evaluate import encode_task, score
+from workbench.merge.options import Option, Range
+from workbench.pool import Pool
+from workbench.select import rank_adapters
+from workbench.tasks import Task
+
+if TYPE_CHECKING:
+    from workbench.runs import Case, Outcome, Workplace
+
+__all__ = ["BASELINES", "Baseline", "best_single", "train_many"]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A baseline: its function (place, options, cases) → outcomes, version and options."""
+
+    name: str
+    run: Callable[[Workplace, Mapping, Sequence[Case]], list[Outcome]]
+    version: int = 1
+    own: Mapping[str, Option] = field(default_factory=dict)
+
+    @cached_property
+    def options(self) -> dict[str, Option]:
+        trainer = _TRAINERS.get(self.name)
+        return dict(self.own) | (trainer.options if trainer else {})
+
+    def check(self, options: Mapping) -> None:
+        """Check options' names and values.
+
+        Raises:
+            MergeError: an unknown option, or a value that it does not allow.
+        """
+        checked(self.name, options, self.options)
+        if trainer := _TRAINERS.get(self.name):
+            check_schedule(scheduled(trainer.schedule, options)[0])
+
+
+@dataclass(frozen=True)
+class _Trainer:
+    """A way to train new weights side by side, with its default schedule and shape."""
+
+    function: Callable
+    schedule: Schedule
+    plan: Plan | None
+
+    @property
+    def options(self) -> dict[str, Option]:
+        hints = get_type_hints(self.function, include_extras=True)
+        own = [p for p in inspect.signature(self.function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        skipped = ("seeds", "plan", "plans", "autocast", "watch")
+        shape = get_type_hints(Plan, include_extras=True) if self.plan else {}
+        return (
+            {name: Option(getattr(self.plan, name), hint) for name, hint in shape.items()}
+            | {p.name: Option(p.default, hints.get(p.name, object)) for p in own if p.name not in skipped}
+            | schedule_options(self.schedule)
+        )
+
+
+_TRAINERS = {
+    "new adapter": _Trainer(train_fresh, NEW_ADAPTER, Plan()),
+    "random subspace": _Trainer(train_subspace, SUBSPACE, RANK_8),
+    "trained core": _Trainer(train_core, CORE, RANK_3),
+    "trained vectors": _Trainer(train_vectors, VECTORS, RANK_64),
+    "full fine-tuning": _Trainer(train_full, FULL, None),
+}
+
+
+def train_many(place: Workplace, kind: str, cases: Sequence[Case], options: Mapping) -> list[tuple[Adapter, dict]]:
+    """Train one adapter a case by a kind of baseline, side by side: each with its facts (passes, tokens, parameters)."""
+    trainer = _TRAINERS[kind]
+    schedule, own = scheduled(trainer.schedule, options)
+    shape = {f.name: own.pop(f.name) for f in fields(Plan) if f.name in own and trainer.plan}
+    plan = replace(trainer.plan, **shape) if trainer.plan else None
+    if plan and trainer.function is train_fresh:
+        own["plans"] = [plan] * len(cases)
+    elif plan:
+        own["plan"] = plan
+    train, validation = ([place.encoded(case, split) for case in cases] for split in ("train", "validation"))
+    names = [f"{kind.replace(' ', '-')}-{case.task.name}" for case in cases]
+    seeds = [case.seed for case in cases]
+    adapters, curves = trainer.function(place.base, names, train, validation, schedule, seeds=seeds, **own)
+    out = []
+    for g, adapter in enumerate(adapters):
+        passes, tokens = curves.spent(g, train[g], validation[g], schedule.batch)
+        parameters = adapter.info.get("parameters") or degrees_of_freedom("lora", place.base, plan)
+        sound = bool(torch.isfinite(curves.train[:, g]).all())
+        out.append((adapter, {"passes": passes, "tokens": tokens, "parameters": parameters, "diverged": not sound}))
+    return out
+
+
+def _trained(kind: str):
+    def run(place: Workplace, options: Mapping, cases: Sequence[Case]) -> list[Outcome]:
+        found = train_many(place, kind, cases, options)
+        outcomes = place.scored(cases, [adapter for adapter, _ in found])
+        for outcome, (_, facts) in zip(outcomes, found, strict=True):
+            outcome.facts |= facts
+        return outcomes
+
+    return run
+
+
+def _prompted(place: Workplace, options: Mapping, cases: Sequence[Case]) -> list[Outcome]:
+    """The bare base, zero-shot or with demonstrations (`shots`, of the training examples, drawn under the case's seed)."""
+    outcomes = place.scored(cases, None, options.get("shots", 0))
+    for outcome in outcomes:
+        outcome.facts |= {"rank": 0, "norm": 0.0, "passes": 0, "tokens": 0, "parameters": 0}
+    return outcomes
+
+
+def _single(place: Workplace, options: Mapping, cases: Sequence[Case]) -> list[Outcome]:
+    """The adapter of best accuracy on the training examples, alone, at weight 1: train_accuracy is what it was picked by.
+
+    among="random" picks in the same way among random stand-ins of the whole pool (σ, drawn under the case's seed): what
+    picking alone is worth.
+    """
+    picked = [best_single(place.base, place.pool, case.task, options.get("among", "pool"), case.seed) for case in cases]
+    outcomes = place.scored(cases, [adapter for adapter, _ in picked])
+    for outcome, case, (_, name) in zip(outcomes, cases, picked, strict=True):
+        rows = place.encoded(case, "train")
+        outcome.chosen = [name]
+        outcome.facts |= {"passes": len(place.pool) * len(rows), "tokens": len(place.pool) * sum(map(len, rows))}
+        outcome.facts |= {"parameters": 0}
+    return outcomes
+
+
+def best_single(base: Base, pool: Pool, task: Task, among: str = "pool", seed: int = 0) -> tuple[Adapter, str]:
+    """The adapter of best accuracy on a task's training examples (ties: lower loss, then the name), and its name.
+
+    among: "pool", or "random" for random stand-ins of the whole pool, matched by σ.
+    """
+    if among == "pool":
+        name = rank_adapters(pool, task, base)["name"].iloc[0]
+        return pool.adapter(name), name
+    stack, rows = random_like(pool.stack(), seed=seed), encode_task(base, task, task.train)
+    scores = []
+    for start in range(0, len(stack), 16):
+        some = [stack.adapter(i) for i in range(start, min(start + 16, len(stack)))]
+        result = score(base, [rows] * len(some), grouped(some, base.device))
+        scores += zip((-result.accuracy).tolist(), result.loss.mean(1).tolist(), strict=True)
+    best = min(range(len(stack)), key=lambda i: (*scores[i], stack.names[i]))
+    return stack.adapter(best), stack.names[best]
+
+
+_SHOTS = {"shots": Option(5, Annotated[int, Range(1)])}
+_AMONG = {"among": Option("pool", Literal["pool", "random"])}
+BASELINES: dict[str, Baseline] = {
+    baseline.name: baseline
+    for baseline in (
+        Baseline("zero-shot", _prompted),
+        Baseline(
+            "in-context", lambda place, options, cases: _prompted(place, {"shots": 5, **options}, cases), 1, _SHOTS
+        ),
+        Baseline("best single", _single, 1, _AMONG),
+        *(Baseline(name, _trained(name)) for name in _TRAINERS),
+    )
+}
