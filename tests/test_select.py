@@ -229,7 +229,8 @@ def test_methods_can_be_added(pool, monkeypatch):
 
 
 def test_what_there_is():
-    assert sorted(SELECTIONS) == sorted(["random", "evaluation", "rank", "diverse", *CLOSE])
+    added = {name for name in SELECTIONS if name.startswith("dial ")}  # by the laboratory, once it is imported
+    assert set(SELECTIONS) - added == {"random", "evaluation", "rank", "diverse", *CLOSE}
     assert {"cosine", "clamp", "abs", "clamp_pm", "qfim", "qfim_mean"} <= set(CLOSE)
     assert sorted(select.CLOSENESS) == sorted(CLOSE)
 
