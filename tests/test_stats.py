@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats as reference
 
 from workbench.errors import WorkbenchError
-from workbench.stats import bootstrap, importance, paired, report
+from workbench.stats import _sign_flip, bootstrap, importance, paired, report
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -562,3 +562,11 @@ def test_a_design_that_cannot_tell_is_refused():
     for pairs in ([("a", "z")], [("a", "a")], [("a", "b", "c")]):
         with pytest.raises(WorkbenchError, match="interactions are pairs of the factors a, b, c"):
             importance(frame, ["a", "b", "c"], interactions=pairs)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_single_precision_loses_no_arrangement(seed):
+    """The arrangement observed is always among those counted: p is at least one in 2^(clusters − 1)."""
+    values = np.random.default_rng(seed).uniform(0.1, 1.0, 28).astype(np.float32)
+    pairs = pd.DataFrame({"operation": list("abcdefg") * 4, "difference": values})
+    assert _sign_flip(pairs, "operation", 20_000, 0) == 2**-6

@@ -270,7 +270,7 @@ def _sign_flip(pairs: pd.DataFrame, cluster: str, permutations: int, seed: int) 
 
     scipy.stats.permutation_test does the same in twenty times the time, which a report of a hundred tests would feel.
     """
-    sums = pairs.groupby(cluster, observed=True)["difference"].sum().sort_index().to_numpy()
+    sums = pairs.groupby(cluster, observed=True)["difference"].sum().sort_index().to_numpy(float)  # also of stored fp32
     n = len(sums)
     if n < 2:
         return np.nan
