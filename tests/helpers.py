@@ -8,6 +8,7 @@ import json
 import math
 import random
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +24,7 @@ from workbench.evaluate import Encoded, encode
 from workbench.merge.statistics import Rows, Statistics
 from workbench.nano.forge import PRESETS, new_model
 from workbench.nano.shelf import make_tokenizer
+from workbench.pool import Pool
 from workbench.stack import Stack
 from workbench.tasks import Example, Task
 
@@ -95,6 +97,14 @@ def tiny_causal(kind: str, *, tied: bool = False, spread: float = 4.0) -> Base:
     return Base(_tiny(*names, tokenizer, spread, **size, **special, **more), tokenizer, f"tiny-{kind.lower()}")
 
 
+def unigram_pieces(special: Sequence[str], size: int = 90) -> list[tuple[str, float]]:
+    """Pieces and log probabilities of a unigram model, by counting: the library's own trainer gives others each time."""
+    words = ["▁" + word for sentence in SENTENCES for word in sentence.split()]
+    counts = Counter(w[i:j] for w in words for i in range(len(w)) for j in range(i + 1, min(i + 6, len(w)) + 1))
+    best = sorted(counts, key=lambda piece: (len(piece) > 1, -counts[piece] * len(piece), piece))[: size - len(special)]
+    return [(piece, 0.0) for piece in special] + [(p, math.log(counts[p] / counts.total())) for p in best]
+
+
 def worded_base(kind: str, seed: int = 0, spread: float = 6.0) -> Base:
     """A tiny random Llama with a "byte-bpe" or a "unigram" tokenizer trained on a few sentences."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -108,11 +118,11 @@ def worded_base(kind: str, seed: int = 0, spread: float = 6.0) -> Base:
         trainer = trainers.BpeTrainer(
             vocab_size=340, special_tokens=special[1:], initial_alphabet=alphabet, show_progress=False
         )
+        tokenizer.train_from_iterator(SENTENCES * 4, trainer)
     else:
-        tokenizer = Tokenizer(models.Unigram())
+        tokenizer = Tokenizer(models.Unigram(unigram_pieces(special), unk_id=0))
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(vocab_size=90, special_tokens=special, unk_token="<unk>", show_progress=False)
-    tokenizer.train_from_iterator(SENTENCES * 4, trainer)
+        tokenizer.add_special_tokens(special)
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="</s>",
@@ -355,3 +365,24 @@ def solved_task(base: Base, adapter: Adapter, seed: int, sizes: Sequence[int] = 
             made[text] = Example(text, "abc"[len(made) % 3] if len(made) % 3 == 0 else said)
     rows, a, b = list(made.values()), sizes[0], sizes[0] + sizes[1]
     return replace(draft, train=tuple(rows[:a]), validation=tuple(rows[a:b]), test=tuple(rows[b:]))
+
+
+def three_stacks(base: Base) -> list[Stack]:
+    """Three stacks of three adapters: unequal ranks, scalings and targets; the second lacks most modules."""
+    first = [random_adapter(base, (2, 5, 1)[i], i, name=f"a{i}", size=0.2) for i in range(3)]
+    second = [random_adapter(base, 3, 10 + i, ["v_proj", "up_proj"][: i + 1], name=f"b{i}", size=0.2) for i in range(3)]
+    third = [random_adapter(base, 4, 20 + i, alpha=3, rslora=i == 1, name=f"c{i}", size=0.2) for i in range(3)]
+    return [Stack.of(first), Stack.of(second), Stack.of(third[:2] + first[:1])]
+
+
+def three_splits(base: Base) -> tuple[list[list[Encoded]], list[list[Encoded]]]:
+    """Training examples of three fits, 3, 9 and 6 of them, and four validation examples each."""
+    return [some_examples(base, n, n) for n in (3, 9, 6)], [some_examples(base, 4, 50 + n) for n in range(3)]
+
+
+def six_adapters(base: Base, folder: Path) -> Pool:
+    """A pool of six adapters of unequal ranks, the third with attention's q and v alone."""
+    for i in range(6):
+        targets = ["q_proj", "v_proj"] if i == 2 else None
+        random_adapter(base, (2, 5, 3, 4, 1, 3)[i], i, targets, name=f"n{i}", size=0.08).save(folder / f"n{i}")
+    return Pool.open(folder)

@@ -19,7 +19,7 @@ from workbench.adapt.progress import Bar
 from workbench.adapters import Adapter
 from workbench.errors import MergeError, SelectionError, TaskError
 from workbench.evaluate import encode, encode_task
-from workbench.merge.options import Option
+from workbench.options import Option
 from workbench.stack import Stack
 from workbench.tasks import Example, Task
 

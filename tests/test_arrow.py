@@ -16,6 +16,8 @@ from helpers import (
     relative,
     some_examples,
     some_ids,
+    three_splits,
+    three_stacks,
     tiny_base,
     tiny_t5,
 )
@@ -40,16 +42,12 @@ def base():
 
 @pytest.fixture(scope="module")
 def stacks(base):
-    """Three stacks of three adapters: unequal ranks, scalings and targets; the second lacks most modules."""
-    first = [random_adapter(base, (2, 5, 1)[i], i, name=f"a{i}", size=0.2) for i in range(3)]
-    second = [random_adapter(base, 3, 10 + i, ["v_proj", "up_proj"][: i + 1], name=f"b{i}", size=0.2) for i in range(3)]
-    third = [random_adapter(base, 4, 20 + i, alpha=3, rslora=i == 1, name=f"c{i}", size=0.2) for i in range(3)]
-    return [Stack.of(first), Stack.of(second), Stack.of(third[:2] + first[:1])]
+    return three_stacks(base)
 
 
 @pytest.fixture(scope="module")
 def data(base):
-    return [some_examples(base, n, n) for n in (3, 9, 6)], [some_examples(base, 4, 50 + n) for n in range(3)]
+    return three_splits(base)
 
 
 def run(base, updates, ids):

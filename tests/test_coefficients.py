@@ -10,7 +10,17 @@ import torch
 
 import workbench as wb
 from fitting import answers_loss, plain_fit
-from helpers import hook_logits, peft_logits, random_adapter, relative, some_examples, some_ids, tiny_base
+from helpers import (
+    hook_logits,
+    peft_logits,
+    random_adapter,
+    relative,
+    some_examples,
+    some_ids,
+    three_splits,
+    three_stacks,
+    tiny_base,
+)
 from workbench.adapt.coefficients import (
     ACTIVATIONS,
     GRANULARITIES,
@@ -18,12 +28,10 @@ from workbench.adapt.coefficients import (
     _Theta,
     adamerging,
     entropy,
-    fold,
     learn_coefficients,
-    side_by_side,
     slots,
 )
-from workbench.adapt.fitted import unit_means
+from workbench.adapt.fitted import fold, side_by_side, unit_means
 from workbench.adapt.gradient import Schedule
 from workbench.compose import LowRank, compose, shared
 from workbench.errors import AdapterError, BaseError, MergeError, SelectionError
@@ -41,16 +49,12 @@ def base():
 
 @pytest.fixture(scope="module")
 def stacks(base):
-    """Three stacks of three adapters: unequal ranks, scalings and targets; the second lacks most modules."""
-    first = [random_adapter(base, (2, 5, 1)[i], i, name=f"a{i}", size=0.2) for i in range(3)]
-    second = [random_adapter(base, 3, 10 + i, ["v_proj", "up_proj"][: i + 1], name=f"b{i}", size=0.2) for i in range(3)]
-    third = [random_adapter(base, 4, 20 + i, alpha=3, rslora=i == 1, name=f"c{i}", size=0.2) for i in range(3)]
-    return [Stack.of(first), Stack.of(second), Stack.of(third[:2] + first[:1])]
+    return three_stacks(base)
 
 
 @pytest.fixture(scope="module")
 def data(base):
-    return [some_examples(base, n, n) for n in (3, 9, 6)], [some_examples(base, 4, 50 + n) for n in range(3)]
+    return three_splits(base)
 
 
 def same_fit(got, want):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import workbench as wb
-from helpers import dense_model, random_adapter, solved_task, tiny_base
+from helpers import dense_model, random_adapter, six_adapters, solved_task, tiny_base
 from workbench import experiment, runs
 from workbench.adapt import ADAPTIVE, fit_many
 from workbench.adapt.fresh import NEW_ADAPTER, Plan, train_fresh
@@ -48,12 +48,7 @@ def base():
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory, base):
-    """Six adapters of unequal ranks and targets."""
-    folder = tmp_path_factory.mktemp("pool")
-    for i in range(6):
-        targets = ["q_proj", "v_proj"] if i == 2 else None
-        random_adapter(base, (2, 5, 3, 4, 1, 3)[i], i, targets, name=f"n{i}", size=0.08).save(folder / f"n{i}")
-    return Pool.open(folder)
+    return six_adapters(base, tmp_path_factory.mktemp("pool"))
 
 
 def make_task(base, pool, name, seed, sizes=(6, 4, 8), **labels):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
+from fitting import plain_fit
 from helpers import (
     dense_model,
     hook_logits,
@@ -27,7 +28,6 @@ from workbench.adapt import frugal
 from workbench.adapt.fresh import PROJECTIONS, Plan, start_factors
 from workbench.adapt.frugal import (
     degrees_of_freedom,
-    orthonormal,
     train_core,
     train_full,
     train_subspace,
@@ -36,6 +36,7 @@ from workbench.adapt.frugal import (
 from workbench.adapt.gradient import Schedule, cosine_rate
 from workbench.base import Base
 from workbench.compose import LowRank, compose, grouped
+from workbench.controls import orthonormal
 from workbench.errors import AdapterError, MergeError
 from workbench.evaluate import score
 
@@ -102,33 +103,18 @@ def test_side_by_side_equals_each_alone(base, label):
 
 
 def by_hand(base, rows, schedule, seed, parameters, deltas):
-    """Adam's steps on `parameters` under dense weights W + ΔW, one example at a time, torch's own AdamW and clipping."""
-    generator, queue = torch.Generator().manual_seed(seed), []
-    parameters = [p.clone().requires_grad_() for p in parameters]
-    optimiser = torch.optim.AdamW(parameters, lr=schedule.lr, betas=(0.9, 0.999), weight_decay=0.0)
-    weights, losses, norms = dict(base.model.named_parameters()), [], []
-    for step in range(schedule.steps):
-        while len(queue) < schedule.batch:
-            queue += torch.randperm(len(rows), generator=generator).tolist()
-        batch, queue = [rows[i] for i in queue[: schedule.batch]], queue[schedule.batch :]
-        moved = {f"{m}.weight": weights[f"{m}.weight"] + delta for m, delta in deltas(parameters).items()}
-        total = torch.zeros(())
-        for row in batch:
-            ids = torch.tensor([[*row.prompt, *row.answer]])
-            logits = torch.func.functional_call(base.model, moved, kwargs={"input_ids": ids}).logits
-            total = total + cross_entropy(
-                logits[0, len(row.prompt) - 1 : -1], torch.tensor(row.answer), reduction="sum"
-            )
-        loss = total / sum(len(row.answer) for row in batch)
-        losses.append(loss.item())
-        optimiser.zero_grad()
-        loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, schedule.clip)))
-        optimiser.param_groups[0]["lr"] = schedule.lr * cosine_rate(step, schedule)
-        optimiser.step()
+    """Adam's steps on `parameters` under dense weights W + ΔW, torch's own AdamW and clipping."""
+    trained = [p.double().requires_grad_() for p in parameters]
+
+    def moved():
+        return deltas([p.float() for p in trained])
+
+    losses, norms, _ = plain_fit(
+        base, trained, lambda: {m: d.double() for m, d in moved().items()}, rows, schedule, seed
+    )
     assert max(norms) > schedule.clip
     with torch.no_grad():
-        return {m: delta.detach() for m, delta in deltas(parameters).items()}, losses
+        return {m: delta.detach() for m, delta in moved().items()}, losses
 
 
 def subspace_by_hand(base, shapes):

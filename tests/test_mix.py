@@ -28,7 +28,7 @@ from helpers import (
     write_raw,
 )
 from merging import deltas
-from workbench.adapt.coefficients import fold, side_by_side
+from workbench.adapt.fitted import fold, side_by_side
 from workbench.adapters import Adapter, Factors, read_config
 from workbench.base import Base, check_fits
 from workbench.compose import LowRank, compose, grouped, shared

@@ -8,18 +8,17 @@ import pytest
 import torch
 
 import workbench as wb
-from helpers import random_adapter, solved_task, tiny_base
+from helpers import random_adapter, six_adapters, solved_task, tiny_base
 from workbench.adapt import ADAPTIVE, fit_many
 from workbench.adapt.fitted import fold
 from workbench.adapt.fresh import NEW_ADAPTER, train_fresh
 from workbench.adapters import Adapter
-from workbench.baselines import BASELINES, best_single
+from workbench.baselines import BASELINES
 from workbench.compose import grouped
 from workbench.controls import CONTROLS, MATCHES, random_like, shuffled
 from workbench.errors import MergeError, SelectionError
 from workbench.evaluate import encode_task, score
 from workbench.experiment import Recipe, compare
-from workbench.pool import Pool
 from workbench.runs import OWN, Case, Workplace, run
 from workbench.select import CLOSENESS, rank_adapters
 from workbench.spectra import singular_values, stable_ranks
@@ -35,11 +34,7 @@ def base():
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory, base):
-    folder = tmp_path_factory.mktemp("pool")
-    for i in range(6):
-        targets = ["q_proj", "v_proj"] if i == 2 else None
-        random_adapter(base, (2, 5, 3, 4, 1, 3)[i], i, targets, name=f"n{i}", size=0.08).save(folder / f"n{i}")
-    return Pool.open(folder)
+    return six_adapters(base, tmp_path_factory.mktemp("pool"))
 
 
 @pytest.fixture(scope="module")
@@ -296,9 +291,11 @@ def test_the_best_single_adapter_and_the_best_of_random_ones(base, pool, tasks):
     each = [score(base, [train], grouped([stack.adapter(i)])) for i in range(len(stack))]
     order = sorted(range(6), key=lambda i: (-float(each[i].accuracy[0]), float(each[i].loss.mean()), stack.names[i]))
     assert other.chosen == [stack.names[order[0]]]
-    adapter, name = best_single(base, pool, tasks[0], "random", 2)
-    assert name == other.chosen[0]
-    close(adapter, stack.adapter(order[0]))
+    want = score(base, [rows], grouped([stack.adapter(order[0])]))
+    assert other.facts["loss"] == pytest.approx(float(want.loss.mean()), rel=1e-5)
+    both = run(Workplace(base, pool), Recipe("best single", among="random"), cases(tasks[:1], [2, 5]))
+    assert both[0].chosen == other.chosen
+    assert both[0].facts["loss"] != both[1].facts["loss"]
 
 
 def test_baselines_check_their_options():

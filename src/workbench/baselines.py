@@ -34,16 +34,15 @@ from workbench.adapters import Adapter
 from workbench.base import Base
 from workbench.compose import grouped
 from workbench.controls import random_like
-from workbench.evaluate import encode_task, score
-from workbench.merge.options import Option, Range
-from workbench.pool import Pool
+from workbench.evaluate import Encoded, score
+from workbench.options import Option, Range
 from workbench.select import rank_adapters
-from workbench.tasks import Task
+from workbench.stack import Stack
 
 if TYPE_CHECKING:
     from workbench.runs import Case, Outcome, Workplace
 
-__all__ = ["BASELINES", "Baseline", "best_single", "train_many"]
+__all__ = ["BASELINES", "Baseline", "train_many"]
 
 
 @dataclass(frozen=True)
@@ -149,32 +148,33 @@ def _single(place: Workplace, options: Mapping, cases: Sequence[Case]) -> list[O
     among="random" picks in the same way among random stand-ins of the whole pool (σ, drawn under the case's seed): what
     picking alone is worth.
     """
-    picked = [best_single(place.base, place.pool, case.task, options.get("among", "pool"), case.seed) for case in cases]
+    pool, stand_ins, picked = place.pool, {}, []
+    for case in cases:
+        if options.get("among", "pool") == "pool":
+            name = rank_adapters(pool, case.task, place.base)["name"].iloc[0]
+            picked.append((pool.adapter(name), name))
+            continue
+        if case.seed not in stand_ins:
+            stand_ins[case.seed] = random_like(pool.stack(), seed=case.seed)
+        stack = stand_ins[case.seed]
+        best = _best_of(place.base, stack, place.encoded(case, "train"))
+        picked.append((stack.adapter(best), stack.names[best]))
     outcomes = place.scored(cases, [adapter for adapter, _ in picked])
     for outcome, case, (_, name) in zip(outcomes, cases, picked, strict=True):
         rows = place.encoded(case, "train")
         outcome.chosen = [name]
-        outcome.facts |= {"passes": len(place.pool) * len(rows), "tokens": len(place.pool) * sum(map(len, rows))}
-        outcome.facts |= {"parameters": 0}
+        outcome.facts |= {"passes": len(pool) * len(rows), "tokens": len(pool) * sum(map(len, rows)), "parameters": 0}
     return outcomes
 
 
-def best_single(base: Base, pool: Pool, task: Task, among: str = "pool", seed: int = 0) -> tuple[Adapter, str]:
-    """The adapter of best accuracy on a task's training examples (ties: lower loss, then the name), and its name.
-
-    among: "pool", or "random" for random stand-ins of the whole pool, matched by σ.
-    """
-    if among == "pool":
-        name = rank_adapters(pool, task, base)["name"].iloc[0]
-        return pool.adapter(name), name
-    stack, rows = random_like(pool.stack(), seed=seed), encode_task(base, task, task.train)
+def _best_of(base: Base, stack: Stack, rows: Sequence[Encoded]) -> int:
+    """The place of the adapter of best accuracy on some examples (ties: lower loss, then the name), sixteen in a pass."""
     scores = []
     for start in range(0, len(stack), 16):
         some = [stack.adapter(i) for i in range(start, min(start + 16, len(stack)))]
         result = score(base, [rows] * len(some), grouped(some, base.device))
         scores += zip((-result.accuracy).tolist(), result.loss.mean(1).tolist(), strict=True)
-    best = min(range(len(stack)), key=lambda i: (*scores[i], stack.names[i]))
-    return stack.adapter(best), stack.names[best]
+    return min(range(len(stack)), key=lambda i: (*scores[i], stack.names[i]))
 
 
 _SHOTS = {"shots": Option(5, Annotated[int, Range(1)])}

@@ -11,7 +11,7 @@ from torch import Tensor
 from workbench.errors import MergeError
 from workbench.stack import Stack, Units, factored_svd
 
-__all__ = ["CONTROLS", "MATCHES", "random_like", "shuffled"]
+__all__ = ["CONTROLS", "MATCHES", "orthonormal", "random_like", "shuffled"]
 
 MATCHES = ("sigma", "norm", "spectrum")
 SHUFFLED = "shuffled"
@@ -85,7 +85,7 @@ def _random_units(units: Units, match: str, generator: torch.Generator) -> Units
         else:
             rank = int(own.sum())
             s = factored_svd(units.B[:, own], units.A[own])[1]
-            left, right = _orthonormal(normal(units.B.shape[0], rank)), _orthonormal(normal(units.A.shape[1], rank))
+            left, right = (orthonormal(d, rank, generator) for d in units.shape)
             B[:, own], A[own] = 0.0, 0.0
             columns = own.nonzero()[:, 0][: len(s)]
             q = len(columns)
@@ -93,7 +93,7 @@ def _random_units(units: Units, match: str, generator: torch.Generator) -> Units
     return replace(new, A=A, B=B)
 
 
-def _orthonormal(normal: Tensor) -> Tensor:
-    """Orthonormal columns of uniform direction from a normal matrix: QR, its signs freed of LAPACK's convention."""
-    q, r = torch.linalg.qr(normal)
+def orthonormal(height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Random orthonormal columns (height, min(height, width)), uniform over all such: QR of a Gaussian, R's diagonal positive."""
+    q, r = torch.linalg.qr(torch.randn(height, width, generator=generator))
     return q * r.diagonal().sign()

@@ -217,7 +217,7 @@ def compare(
     for recipe in every:
         if recipe.method not in BASELINES:
             choose(pool, "random", recipe.k, skip=recipe.skip)  # a k out of range is said before anything runs
-            check_examples(recipe, pool)
+            check_examples(recipe.method, pool)
     store, place, frames = Results(results) if results else None, place or Workplace(base, pool), []
     for number, recipe in enumerate(every, 1):
         keys = [_key(base, pool, case, recipe) for case in cases]

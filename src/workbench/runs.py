@@ -61,13 +61,12 @@ def check_options(method: str, options: Mapping) -> None:
         BASELINES[method].check(options)
 
 
-def check_examples(recipe, pool: Pool) -> None:
+def check_examples(method: str, pool: Pool) -> None:
     """Check, before anything runs, that a merge which needs the adapters' examples can have them.
 
     Raises:
         MergeError: the pool holds adapters that are not bundled ones, whose tasks are not known.
     """
-    method = recipe.method
     needs = methods()[method].needs if method in methods() else ""
     unknown = [name for name in pool.names if world.find(name) is None] if needs else []
     if unknown:

@@ -23,7 +23,7 @@ from workbench.base import Base
 from workbench.errors import MergeError, TaskError
 from workbench.evaluate import Encoded, encode_task
 from workbench.licences import gathered
-from workbench.merge.options import Option, near
+from workbench.options import Option, near
 from workbench.stack import Stack
 from workbench.tasks import Task
 

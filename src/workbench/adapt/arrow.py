@@ -23,7 +23,7 @@ from workbench.base import Base
 from workbench.compose import Routed, check_routing, compose
 from workbench.errors import AdapterError, MergeError
 from workbench.evaluate import Encoded, Packed
-from workbench.merge.options import Count, Range
+from workbench.options import Count, Range
 from workbench.stack import Stack, factored_svd
 
 __all__ = ["ARROW", "Router", "arrow", "mean_weights", "prototypes", "routed"]

@@ -22,7 +22,7 @@ from workbench.base import Base
 from workbench.compose import LowRank
 from workbench.errors import MergeError
 from workbench.evaluate import Encoded, row_losses
-from workbench.merge.options import Range
+from workbench.options import Range
 from workbench.stack import Stack
 
 __all__ = [
@@ -30,12 +30,9 @@ __all__ = [
     "COEFFICIENTS",
     "GRANULARITIES",
     "STARTS",
-    "Fitted",
     "adamerging",
     "entropy",
-    "fold",
     "learn_coefficients",
-    "side_by_side",
     "slots",
 ]
 

@@ -15,7 +15,7 @@ from workbench.base import Base
 from workbench.compose import LowRank
 from workbench.errors import AdapterError, MergeError
 from workbench.evaluate import Encoded
-from workbench.merge.options import Count
+from workbench.options import Count
 
 __all__ = ["NEW_ADAPTER", "Plan", "start_factors", "train_fresh"]
 

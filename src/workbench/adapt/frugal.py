@@ -22,9 +22,10 @@ from workbench.adapt.gradient import Curves, Schedule, fit
 from workbench.adapters import Adapter, Factors
 from workbench.base import Base
 from workbench.compose import LowRank, stores_transposed
+from workbench.controls import orthonormal
 from workbench.errors import AdapterError, MergeError
 from workbench.evaluate import Encoded
-from workbench.merge.options import Count
+from workbench.options import Count
 
 __all__ = [
     "CORE",
@@ -265,12 +266,6 @@ class _Whole(LowRank):
     def apply(self, x: Tensor, y: Tensor) -> Tensor:
         flat, own = (t.unflatten(0, (len(self.B), -1)).flatten(1, -2) for t in (y, x.to(y.dtype)))
         return torch.baddbmm(flat, own, self.B.to(y.dtype).mT).view(y.shape)
-
-
-def orthonormal(height: int, width: int, generator: torch.Generator) -> Tensor:
-    """Random orthonormal columns (height, width), uniform over all such: QR of a Gaussian, R's diagonal positive."""
-    q, r = torch.linalg.qr(torch.randn(height, width, generator=generator))
-    return q * r.diagonal().sign()
 
 
 def _leading(base: Base, module: str, rank: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from workbench.base import Base
 from workbench.compose import LowRank, compose
 from workbench.errors import MergeError
 from workbench.evaluate import Encoded, Packed, row_losses, score
-from workbench.merge.options import Count, Range, Share
+from workbench.options import Count, Range, Share
 
 __all__ = ["Curves", "Loss", "Schedule", "Watch", "check_schedule", "cosine_rate", "fit"]
 

@@ -16,7 +16,7 @@ from workbench.base import Base
 from workbench.compose import LowRank
 from workbench.errors import MergeError
 from workbench.evaluate import Encoded
-from workbench.merge.options import Count
+from workbench.options import Count
 from workbench.stack import Stack
 
 __all__ = ["FRESH", "PI_TUNING", "pi_tuning"]

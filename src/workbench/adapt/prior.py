@@ -23,7 +23,7 @@ from workbench.base import Base
 from workbench.compose import LowRank
 from workbench.errors import AdapterError, MergeError
 from workbench.evaluate import Encoded
-from workbench.merge.options import Count, Range
+from workbench.options import Count, Range
 from workbench.stack import Stack
 
 __all__ = ["PRIOR", "prior"]

@@ -28,7 +28,7 @@ from workbench.base import Base, Batch
 from workbench.compose import compose, shared
 from workbench.errors import BaseError, MergeError
 from workbench.evaluate import Encoded, Packed, score
-from workbench.merge.options import Count, Range
+from workbench.options import Count, Range
 from workbench.stack import Stack
 
 __all__ = ["LENGTHS", "PENALTIES", "Normal", "normal_equations", "ridge", "solve"]

@@ -18,7 +18,7 @@ from workbench.base import Base
 from workbench.compose import LowRank, grouped
 from workbench.errors import MergeError
 from workbench.evaluate import Encoded, score
-from workbench.merge.options import Count
+from workbench.options import Count
 from workbench.stack import Stack
 
 __all__ = ["OBJECTIVES", "lorahub", "objective_value", "population_losses"]

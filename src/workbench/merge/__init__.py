@@ -2,9 +2,9 @@
 
 from workbench.merge.dense import Dense, truncate
 from workbench.merge.observe import collect
-from workbench.merge.options import Count, Range, Share
 from workbench.merge.registry import INVARIANCES, Method, describe, merge, method, methods
 from workbench.merge.statistics import Statistics
+from workbench.options import Count, Range, Share
 
 # Importing a family registers its methods; the order here is the order of `methods()`.
 from workbench.merge import linear, elementwise, subspace, aligned, data, lego  # noqa: F401  isort: skip

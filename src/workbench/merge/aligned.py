@@ -17,9 +17,9 @@ from torch import Tensor
 
 from workbench.merge.elementwise import Divide, Elect, consensus, deltas, dropped, present, seeds, ties
 from workbench.merge.linear import sum_
-from workbench.merge.options import Share
 from workbench.merge.registry import method
 from workbench.merge.subspace import iso_c, lowered, nothing, numerical_rank, tsv
+from workbench.options import Share
 from workbench.stack import Stack, Units
 
 __all__ = ["core", "core_dare", "knots_dare", "knots_ties"]

@@ -16,9 +16,9 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from workbench.merge.options import Range, Share
 from workbench.merge.registry import method
 from workbench.merge.statistics import Rows
+from workbench.options import Range, Share
 from workbench.stack import Units
 
 __all__ = ["RIDGE", "fisher", "regmean"]

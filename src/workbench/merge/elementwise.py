@@ -27,8 +27,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from workbench.merge.options import Share
 from workbench.merge.registry import method
+from workbench.options import Share
 from workbench.stack import Units
 
 __all__ = [

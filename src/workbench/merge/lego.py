@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from workbench.errors import MergeError
-from workbench.merge.options import Count
 from workbench.merge.registry import method
+from workbench.options import Count
 from workbench.stack import Stack, Units, factored_svd
 from workbench.stack import canonical as canonical_form
 

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from workbench.merge.options import Share
 from workbench.merge.registry import method
+from workbench.options import Share
 from workbench.stack import Units, gram
 
 __all__ = ["average", "linear", "slerp", "sum_", "svd"]

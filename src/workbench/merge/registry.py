@@ -24,7 +24,7 @@ from workbench.adapters import Adapter, Factors
 from workbench.errors import MergeError
 from workbench.licences import gathered
 from workbench.merge.dense import Dense, truncate
-from workbench.merge.options import Count, Option, accepts, near, words
+from workbench.options import Count, Option, accepts, near, words
 from workbench.stack import Stack, Units
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from workbench.merge.options import Count, Share
 from workbench.merge.registry import method
+from workbench.options import Count, Share
 from workbench.stack import Stack, Units, factored_svd
 
 __all__ = ["iso_c", "iso_cts", "lowered", "nothing", "numerical_rank", "polar", "tsv"]

@@ -187,7 +187,7 @@ def design(n: int, seed: int = 0, space: Mapping[str, Sequence] = DESIGN) -> lis
 
 
 def _design() -> Iterator[Block]:
-    yield Block([NEW_ADAPTER, ZERO_SHOT, *design(240)], _TASKS[::2], (0,), 80)
+    yield Block([NEW_ADAPTER, ZERO_SHOT, *_both(design(120))], _TASKS[::2], (0,), 80)
 
 
 def _open() -> Iterator[Block]:

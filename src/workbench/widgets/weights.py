@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from workbench.adapt.coefficients import fold
+from workbench.adapt.fitted import fold
 from workbench.adapters import Adapter
 from workbench.base import Base
 from workbench.compose import shared
