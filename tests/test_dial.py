@@ -118,6 +118,19 @@ def test_the_seed_alone_draws(pool):
     assert SELECTIONS["dial operation"](reordered, task=target, seed=3)[:10] == drawn[3]
 
 
+@pytest.mark.parametrize("spec", world.TARGETS[::7], ids=lambda spec: spec.slug)
+def test_two_levels_differ_by_one_adapter(twins, spec):
+    for seed in range(3):
+        at = {
+            which: SELECTIONS[f"dial {which}"](twins, task=task(spec), seed=seed)[:10]
+            for which in levels_of(task(spec), twins)
+        }
+        nothing = at.pop("nothing")
+        assert at
+        for names in at.values():
+            assert names[1:] == nothing[:9]
+
+
 def test_the_levels_that_a_pool_has(pool, twins):
     for spec in world.TARGETS:
         for where in (pool, twins):

@@ -13,7 +13,8 @@ from workbench import experiment
 from workbench.errors import WorkbenchError
 from workbench.experiment import Recipe
 from workbench.nano import dial, grids, pools, world
-from workbench.nano.grids import DESIGN, Block, design, gather, job_path, jobs, run_grids
+from workbench.nano.blocks import DESIGN, GRIDS, Block, design
+from workbench.nano.grids import gather, job_path, jobs, run_grids
 from workbench.pool import Pool
 from workbench.runs import Case
 from workbench.tasks import Task
@@ -34,14 +35,14 @@ def small(monkeypatch):
         yield Block(recipes, ("nano/ends-months", "nano/second-days"), (1, 0), **sizes)
         yield Block(recipes[1:], ("nano/ends-months",), (0, 1), fixed=True, **sizes)
 
-    monkeypatch.setitem(grids.GRIDS, "small", blocks)
+    monkeypatch.setitem(GRIDS, "small", blocks)
     return blocks
 
 
 def test_grids_are_well_formed():
     bundled = set(wb.tasks.names())
     stand_in = SimpleNamespace(digest="b", dtype=torch.float32, device=torch.device("cpu"))
-    for name, blocks in grids.GRIDS.items():
+    for name, blocks in GRIDS.items():
         keys, paths = [], []
         for block in blocks():
             assert set(block.tasks) <= bundled
@@ -65,7 +66,7 @@ def test_grids_are_well_formed():
 
 @pytest.mark.parametrize("grid", ["findings", "relevance", "lorahub", "open"])
 def test_a_grid_for_claims_has_five_seeds_and_every_target_of_every_kind(grid):
-    counted = [block for block in grids.GRIDS[grid]() if "dial" not in str(block.recipes)]
+    counted = [block for block in GRIDS[grid]() if "dial" not in str(block.recipes)]
     assert counted
     for block in counted:
         kinds = Counter(world.find(name.removeprefix("nano/")).kind for name in block.tasks)
@@ -75,17 +76,17 @@ def test_a_grid_for_claims_has_five_seeds_and_every_target_of_every_kind(grid):
 
 def test_every_merge_and_fit_has_its_control_and_a_new_adapter_beside_it():
     for name in ("findings", "lorahub", "regularisation", "open", "relevance", "design"):
-        recipes = {recipe for block in grids.GRIDS[name]() for recipe in block.recipes}
+        recipes = {recipe for block in GRIDS[name]() for recipe in block.recipes}
         assert any(recipe.control == "sigma" for recipe in recipes)
         has_new = any(recipe.method == "new adapter" for recipe in recipes)
         assert has_new or name in ("open", "relevance")  # those are read beside grid_findings
     assert {"sigma", "norm", "spectrum", "shuffled", "sigma but own"} <= {
-        recipe.control for block in grids.GRIDS["findings"]() for recipe in block.recipes
+        recipe.control for block in GRIDS["findings"]() for recipe in block.recipes
     }
 
 
 def test_the_dial_asks_only_where_there_is_such_an_adapter():
-    for block in grids.GRIDS["relevance"]():
+    for block in GRIDS["relevance"]():
         for recipe in block.recipes:
             if recipe.select.startswith("dial ") and recipe.select != "dial twin":
                 which = recipe.select.removeprefix("dial ")
@@ -136,6 +137,20 @@ def test_jobs_are_shared_stored_and_gathered(small, tmp_path, base, monkeypatch)
     assert (table.dtypes["accuracy"], table.dtypes["loss"]) == ("float32", "float32")
     before = path.read_bytes()
     assert gather("small", folder, tmp_path / "out").read_bytes() == before
+    again = tmp_path / "again"  # from here on the gathered rows stand for jobs that the folder lacks
+    with pytest.raises(WorkbenchError, match="3 of 3"):
+        gather("small", again, tmp_path / "elsewhere")
+    assert gather("small", again, tmp_path / "out").read_bytes() == before
+    run_grids(["small"], again, gathered=tmp_path / "out", device="cpu", say=lines.append)
+    assert len(lines) == 3
+    kept = table[table["recipe"] != "zero-shot"]
+    kept.assign(loss=7.0).to_parquet(path, index=False)
+    run_grids(["small"], again, gathered=tmp_path / "out", device="cpu", say=lines.append)
+    assert len(lines) == 4
+    mended = pd.read_parquet(gather("small", again, tmp_path / "out"))
+    assert (mended[mended["recipe"] != "zero-shot"]["loss"] == 7.0).all()
+    kept = (rows[rows["recipe"] == "zero-shot"][["key", "loss"]] for rows in (mended, table))
+    pd.testing.assert_frame_equal(*kept, check_dtype=False)
     fixed = table[~table["drawn"]]
     drawn = table[table["drawn"] & (table["recipe"] == fixed["recipe"].iloc[0]) & (table["task"] == "nano/ends-months")]
     assert fixed["tokens_per_example"].notna().all()
@@ -150,16 +165,17 @@ def test_a_grid_over_another_pool_makes_it_first(small, tmp_path, base, monkeypa
 
     def make(kind, folder, given):
         made.append((kind, folder))
-        random_adapter(given, 2, 0, name="a").save(folder / "a")
+        if not folder.is_dir():
+            random_adapter(given, 2, 0, name="a").save(folder / "a")
         return Pool.open(folder, base=Pool.open("nano").base)
 
     def blocks():
         yield Block([Recipe("average", k=1)], ("nano/ends-months",), (0,), 4, 2, 3, pool="rank-4")
 
     monkeypatch.setattr(pools, "make", make)
-    monkeypatch.setitem(grids.GRIDS, "small", blocks)
+    monkeypatch.setitem(GRIDS, "small", blocks)
     run_grids(["small"], tmp_path, device="cpu", say=lambda line: None)
-    assert made == [("rank-4", tmp_path / "pools" / "rank-4")]
+    assert set(made) == {("rank-4", tmp_path / "pools" / "rank-4")}
     table = pd.read_parquet(gather("small", tmp_path, tmp_path))
     assert table["pool_kind"].tolist() == ["rank-4"]
 
@@ -169,11 +185,14 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(grids, "run_grids", lambda names, folder, **how: ran.append((names, str(folder), how)))
     monkeypatch.setattr(grids, "gather", lambda name, folder, out: ran.append(("gather", name)) or out / name)
     grids.main(["--out", str(tmp_path), "--results", "r", "--grid", "random", "--claims", "c"])
-    assert ran == [(["random"], "r", {"claims": grids.Path("c")})]
+    assert ran == [(["random"], "r", {"claims": grids.Path("c"), "gathered": None})]
+    ran.clear()
+    grids.main(["--out", str(tmp_path), "--results", "r", "--grid", "random", "--claims", "c", "--missing"])
+    assert ran == [(["random"], "r", {"claims": grids.Path("c"), "gathered": tmp_path})]
     ran.clear()
     grids.main(["--out", str(tmp_path), "--grid", "random", "--gather"])
     assert ran == [("gather", "random")]
     ran.clear()
     grids.main(["--out", str(tmp_path)])
-    assert [one[-1] for one in ran[1:]] == list(grids.GRIDS)
+    assert [one[-1] for one in ran[1:]] == list(GRIDS)
     assert str(tmp_path / "random") in capsys.readouterr().out

@@ -11,9 +11,9 @@ from workbench import Base, Pool, tasks
 from workbench.adapt.gradient import Schedule
 from workbench.errors import WorkbenchError
 from workbench.nano import pools, world
+from workbench.nano.blocks import GRIDS
 from workbench.nano.dial import levels_of
 from workbench.nano.forge import PRESETS
-from workbench.nano.grids import GRIDS
 from workbench.nano.pools import make
 
 HURRY = replace(PRESETS["tiny"], examples=30, adapter=Schedule(steps=4, lr=1e-2, batch=8, every=2))

@@ -7,7 +7,7 @@ import pytest
 
 from workbench import Pool
 from workbench.nano import world
-from workbench.nano.grids import GRIDS
+from workbench.nano.blocks import GRIDS
 from workbench.tasks import names
 
 FIGURES = Path(__file__).parents[1] / "figures"
@@ -19,8 +19,7 @@ WHOLE = ("merging", "random")  # of the others, whole jobs
 
 @pytest.fixture(scope="module", params=[name for name in STORED if name in GRIDS])
 def grid(request):
-    rows = pd.read_parquet(FIGURES / f"grid_{request.param}.parquet")
-    return request.param, rows.assign(drawn=rows.get("drawn", True), pool_kind=rows.get("pool_kind", "nano"))
+    return request.param, pd.read_parquet(FIGURES / f"grid_{request.param}.parquet")
 
 
 def test_the_grids_that_notebooks_draw_are_stored():

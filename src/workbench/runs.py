@@ -121,9 +121,13 @@ class Workplace:
         """The targets' own adapters: the baseline "new adapter" at its defaults, trained once for each case."""
         new = [case for case in cases if (case.digest, case.seed) not in self._own]
         if new:
-            for case, (adapter, _) in zip(new, train_many(self, "new adapter", new, {}), strict=True):
-                self._own[case.digest, case.seed] = replace(adapter, name=OWN)
+            self.keep_own(new, [adapter for adapter, _ in train_many(self, "new adapter", new, {})])
         return [self._own[case.digest, case.seed] for case in cases]
+
+    def keep_own(self, cases: Sequence[Case], adapters: Sequence[Adapter]) -> None:
+        """Take adapters trained elsewhere as the targets' own."""
+        for case, adapter in zip(cases, adapters, strict=True):
+            self._own[case.digest, case.seed] = replace(adapter, name=OWN)
 
     def stacks(self, recipe, cases: Sequence[Case]) -> list[Stack]:
         """The recipe's adapters for each case, or their random stand-ins."""

@@ -43,6 +43,7 @@ __all__ = [
     "rank_adapters",
     "rank_by_closeness",
     "rank_diverse",
+    "remember_ranking",
     "selection",
     "train_target",
 ]
@@ -168,6 +169,11 @@ def rank_adapters(pool: Pool, task: Task, base: Base) -> pd.DataFrame:
     if key not in known:
         known[key] = _score_all(pool, task, base)
     return known[key].copy()
+
+
+def remember_ranking(pool: Pool, task: Task, base: Base, ranking: pd.DataFrame) -> None:
+    """Take a ranking that `rank_adapters` made elsewhere, of the same pool, base and training examples, as known."""
+    pool.rankings.setdefault(base, {})[_examples_key(task, base)] = ranking
 
 
 def rank_by_closeness(

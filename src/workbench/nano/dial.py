@@ -2,8 +2,9 @@
 
     Recipe("coefficients", select="dial operation", k=10)   # one that knows the operation, nine that share nothing
 
-Levels, from the closest: twin (trained on the target task itself; only in the pool that `nano.pools` makes), operation (in
-another domain or format), format, domain (each of these alone), nothing.
+Under one seed every level has the same fillers, so two levels differ by one adapter. From the closest: twin (trained on
+the target task itself; only in the pool that `nano.pools` makes), operation (in another domain or format), format,
+domain (each of these alone), nothing.
 """
 
 from __future__ import annotations
@@ -65,11 +66,11 @@ def _register(which: str) -> None:
             raise SelectionError(
                 f"the pool has no adapter at level {which!r} for {task.name}; it has {', '.join(sorted(found))}"
             )
-        rng = random.Random(f"dial|{which}|{seed}")
-        first = [rng.choice(found[which])]
-        rest = [name for name in found.get("nothing", []) if name not in first]
+        unrelated = found.get("nothing", [])
+        fillers = random.Random(f"dial|{seed}").sample(unrelated, len(unrelated))  # the same at every level
+        first = [] if which == "nothing" else [random.Random(f"dial|{which}|{seed}").choice(found[which])]
         others = [name for kind in sorted(found) if kind != "nothing" for name in found[kind] if name not in first]
-        return first + rng.sample(rest, len(rest)) + others
+        return first + fillers + others
 
 
 for _level in LEVELS:

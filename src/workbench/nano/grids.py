@@ -8,11 +8,9 @@ Parquet file.
 from __future__ import annotations
 
 import argparse
-import math
-import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -20,202 +18,16 @@ import torch
 
 from workbench.base import Base
 from workbench.errors import WorkbenchError
-from workbench.experiment import NEW_ADAPTER, ZERO_SHOT, Recipe, compare
-from workbench.nano import dial, pools, world
+from workbench.experiment import Recipe, compare
+from workbench.nano import pools
+from workbench.nano.blocks import GRIDS, Block
+from workbench.nano.share import asks_for_own, asks_for_rankings, claimed, once, share_own, share_rankings
 from workbench.pool import Pool
 from workbench.results import run_key, write_parquet
-from workbench.runs import Workplace
-from workbench.tasks import load, names
+from workbench.runs import Case, Workplace
+from workbench.tasks import load
 
-__all__ = ["DESIGN", "GRIDS", "Block", "design", "gather", "run_grids"]
-
-
-@dataclass(frozen=True)
-class Block:
-    """Recipes, each a job of its own, on the same tasks, seeds and sizes; `pool` is "nano" or one of `nano.pools`.
-
-    `fixed` keeps the examples that seed 0 draws, so that seeds choose adapters alone.
-    """
-
-    recipes: Sequence[Recipe]
-    tasks: Sequence[str]
-    seeds: Sequence[int]
-    n_train: int
-    n_validation: int = 20
-    n_test: int = 500
-    pool: str = "nano"
-    fixed: bool = False
-
-
-_MERGES = ("average", "svd", "ties", "lego")
-_MORE = (
-    *("sum", "linear", "magnitude_prune", "dare_linear", "dare_ties", "della", "breadcrumbs"),
-    *("tsv", "iso_c", "iso_cts", "knots_ties", "knots_dare", "core", "regmean", "fisher"),
-)
-_TASKS = tuple(name for kind in world.KINDS for name in names(kind))
-_FIVE = (0, 1, 2, 3, 4)
-_RATES = {"new": [1e-3, 3e-3, 1e-2], "coefficients": [1e-2, 5e-2, 2e-1]}
-TUNED = Recipe("new adapter", tune={"lr": _RATES["new"]})
-
-
-def _both(recipes: Sequence[Recipe], *controls: str) -> list[Recipe]:
-    """Each recipe and its controls."""
-    return [
-        one for recipe in recipes for one in (recipe, *(recipe.against(control) for control in controls or ("sigma",)))
-    ]
-
-
-def _merging() -> Iterator[Block]:
-    adaptive = [
-        Recipe(method, select=select, k=10)
-        for select in ("evaluation", "random")
-        for method in ("coefficients", "lorahub", *_MERGES)
-    ]
-    more = [Recipe(method, select="evaluation", k=10) for method in _MORE]
-    for n in (10, 80):
-        baselines = [NEW_ADAPTER, ZERO_SHOT, Recipe("in-context", shots=5)]
-        yield Block(baselines + _both(adaptive + more), _TASKS, (0, 1), n)
-
-
-def _random() -> Iterator[Block]:
-    swept = [
-        Recipe("coefficients", select="random", k=k, control=control, steps=steps, granularity=granularity)
-        for steps in (400, 100)
-        for granularity in ("module", "expert")
-        for k in (40, 20, 10, 5)
-        for control in ("", "sigma", "spectrum")
-    ]
-    yield Block([NEW_ADAPTER, ZERO_SHOT, *swept], _TASKS[::2], (0,), 80)
-
-
-def _findings() -> Iterator[Block]:
-    """The recycling study's findings: five seeds, every kind of target."""
-    best = {"select": "evaluation", "k": 10}
-    for n in (10, 80):
-        recipes = [TUNED, NEW_ADAPTER, ZERO_SHOT, Recipe("in-context", shots=5)]
-        recipes += [Recipe("best single"), Recipe("best single", among="random")]
-        controls = ("sigma", "norm", "spectrum", "shuffled") if n == 10 else ("sigma", "shuffled")
-        recipes += _both([Recipe("coefficients", **best)], *controls)
-        recipes += _both([Recipe("coefficients", k=k) for k in (10, 30)])
-        recipes += [Recipe("coefficients", select=how, k=10) for how in ("cosine", "qfim", "diverse")]
-        recipes += _both([Recipe("coefficients", k=10, own=True)], "sigma", "sigma but own")
-        recipes += [Recipe("coefficients", **best, own=True, start="target", activation="linear")]
-        recipes += _both([Recipe(method, **best) for method in ("adamerging", "arrow", "lorahub", "average")])
-        recipes += [Recipe("arrow", **best, trained=True), Recipe("adamerging", **best, objective="entropy")]
-        recipes += [Recipe("pi_tuning", select="qfim", k=20, lr=1e-3)]
-        yield Block(recipes, _TASKS, _FIVE, n)
-
-
-def _relevance() -> Iterator[Block]:
-    """Windows that skip the best, and the dial from a near-twin to nothing shared."""
-    for n in (10, 80):
-        windows = [Recipe("coefficients", select="evaluation", k=10, skip=skip) for skip in (5, 10, 15, 20, 40)]
-        yield Block(windows, _TASKS, _FIVE, n)
-        for which in dial.LEVELS:
-            recipe = Recipe("coefficients", select=f"dial {which}", k=10)
-            at = [name for name in _TASKS if which == "twin" or which in _levels(name)]
-            recipes = _both([recipe]) if which in ("twin", "nothing") else [recipe]
-            yield Block(recipes, at, _FIVE, n, pool="twins")
-
-
-def _levels(name: str) -> set[str]:
-    target = world.find(name.removeprefix("nano/"))
-    return {dial.level(target, spec) for spec in world.UPSTREAM}
-
-
-def _lorahub() -> Iterator[Block]:
-    """LoraHub's trade-off at five examples: tokens, demonstrations resampled or fixed, number of adapters, their rank."""
-    shots = [ZERO_SHOT, *(Recipe("in-context", shots=n) for n in (1, 2, 3, 4, 5))]
-    hub = Recipe("lorahub", k=20)
-    for fixed in (False, True):
-        yield Block(shots + _both([hub]), _TASKS, _FIVE, 5, fixed=fixed)
-    others = [Recipe("lorahub", k=20, objective="reference"), Recipe("lorahub", k=20, optimiser="cobyla")]
-    others += [Recipe("lorahub", select="evaluation", k=20)]
-    trained = [Recipe("new adapter", steps=100), Recipe("full fine-tuning", steps=100)]
-    yield Block(_both(others) + trained, _TASKS, _FIVE, 5)
-    yield Block(_both([Recipe("lorahub", k=k) for k in (5, 10, 40)]), _TASKS, _FIVE, 5)
-    for rank in pools.RANKS:
-        ranked = [Recipe("lorahub", k=20, space=space, objective="reference") for space in ("delta", "factor")]
-        yield Block(_both(ranked), _TASKS, _FIVE, 5, pool=f"rank-{rank}")
-
-
-def _regularisation() -> Iterator[Block]:
-    """Few degrees of freedom by other means: equal steps, three learning rates each, the best on validation."""
-    near = ((2e-2, 5e-2, 2e-1), (3e-2, 1e-1, 3e-1), (1e-2, 3e-2, 1e-1), (1e-4, 3e-4, 1e-3))
-    ways = ("random subspace", "trained core", "trained vectors", "full fine-tuning")
-    few = [Recipe(way, steps=100, tune={"lr": list(rates)}) for way, rates in zip(ways, near, strict=True)]
-    few += [Recipe("trained core", steps=100, frozen="svd", tune={"lr": [1e-2, 3e-2, 1e-1]})]
-    few += [Recipe("new adapter", steps=100, rank=rank, tune={"lr": _RATES["new"]}) for rank in (1, 8)]
-    few += [Recipe("new adapter", tune={"lr": _RATES["new"], "steps": [12, 25, 50]})]
-    merges = [
-        Recipe("coefficients", select=how, k=10, tune={"lr": _RATES["coefficients"]})
-        for how in ("evaluation", "random")
-    ]
-    for n in (10, 80):
-        yield Block(few + _both(merges), _TASKS, (0, 1, 2), n)
-
-
-DESIGN = {
-    "granularity": ("expert", "layer", "sublayer", "module", "unit"),
-    "activation": ("linear", "squared", "softmax", "sigmoid", "leaky_relu"),
-    "start": ("zero", "uniform", "normal", "equal"),
-    "lr": (1e-1, 5e-2, 1e-2),
-    "k": (5, 10, 20, 30),
-    "select": ("random", "evaluation", "cosine"),
-    "own": (False, True),
-}
-
-
-def design(n: int, seed: int = 0, space: Mapping[str, Sequence] = DESIGN) -> list[Recipe]:
-    """n different recipes of learned coefficients from a design space, every value of a choice as often as the others.
-
-    Each choice goes round its values in a shuffled order of its own (a Latin hypercube sample), shuffled again until no two
-    recipes are alike.
-
-    Raises:
-        WorkbenchError: more recipes than the space has.
-    """
-    if n > math.prod(map(len, space.values())):
-        raise WorkbenchError(f"{n} recipes asked for, but the space has {math.prod(map(len, space.values()))}")
-    rng, rows = random.Random(f"design|{seed}"), []
-    while len(set(rows)) < n:
-        columns = [[values[i % len(values)] for i in range(n)] for values in space.values()]
-        for column in columns:
-            rng.shuffle(column)
-        rows = list(zip(*columns, strict=True))
-    return [Recipe("coefficients", **dict(zip(space, row, strict=True))) for row in rows]
-
-
-def _design() -> Iterator[Block]:
-    yield Block([NEW_ADAPTER, ZERO_SHOT, *_both(design(120))], _TASKS[::2], (0,), 80)
-
-
-def _open() -> Iterator[Block]:
-    """Can anything beat a tuned new adapter where a relative is in the pool, and lose nothing where none is?"""
-    best = {"select": "evaluation", "k": 10}
-    recipes = [
-        *(NEW_ADAPTER, TUNED, Recipe("new adapter", steps=500)),
-        *_both([Recipe("prior", **best), Recipe("prior", **best, tune={"lr": _RATES["new"]})]),
-        Recipe("prior", **best, fallback=False),
-        *(Recipe("prior", **best, joint=True, merge_steps=steps) for steps in (0, 100)),
-        *(Recipe("prior", select=how, k=10) for how in ("cosine", "diverse")),
-        *(Recipe("ridge", **best, granularity=granularity) for granularity in ("expert", "layer")),
-        Recipe("coefficients", **best, tune={"l2": [0.0, 0.01, 0.1, 1.0]}),
-        Recipe("coefficients", **best, granularity="unit", tune={"sparsity": [0.0, 0.1, 1.0]}),
-    ]
-    yield Block(recipes, _TASKS, _FIVE, 10)
-
-
-GRIDS = {
-    "merging": _merging,
-    "random": _random,
-    "findings": _findings,
-    "relevance": _relevance,
-    "lorahub": _lorahub,
-    "regularisation": _regularisation,
-    "design": _design,
-    "open": _open,
-}
+__all__ = ["gather", "job_path", "jobs", "run_grids", "run_job"]
 
 
 def jobs(grids: Sequence[str]) -> list[tuple[str, Block, Recipe]]:
@@ -228,6 +40,7 @@ def run_grids(
     folder: Path,
     *,
     claims: Path | None = None,
+    gathered: Path | None = None,
     device: str | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
@@ -235,15 +48,19 @@ def run_grids(
 
     Args:
         claims: a folder in which processes that share the work note which jobs they have taken; empty it before a rerun.
+        gathered: a folder with files that `gather` wrote; jobs whose rows are there are skipped, too.
     """
-    base = Base.load(Pool.open("nano").base, device=device)
-    places = {"nano": Workplace(base, Pool.open("nano"))}
-    for grid, block, recipe in jobs(grids):
+    base = Base.load(Pool.open("nano").base, device=device, dtype=torch.float32)
+    places: dict[str, Workplace] = {}
+    held = {grid: _held(grid, gathered) for grid in grids}
+    todo = [job for job in jobs(grids) if _row_key(*job[1:]) not in held[job[0]]]
+    for grid, block, recipe in todo:
         path, start = job_path(grid, block, recipe, folder), time.perf_counter()
-        if path.is_file() or not _claimed(claims, path.stem):
+        if path.is_file() or not claimed(claims, path.stem):
             continue
         if block.pool not in places:
-            places[block.pool] = Workplace(base, pools.make(block.pool, folder / "pools" / block.pool, base))
+            asked = [(b, r) for g, b, r in todo if b.pool == block.pool and not job_path(g, b, r, folder).is_file()]
+            places[block.pool] = _place(base, block.pool, asked, folder, claims)
         frame = run_job(places[block.pool], block, recipe)
         write_parquet(frame, path)
         say(
@@ -251,6 +68,30 @@ def run_grids(
         )
         if base.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _place(
+    base: Base, kind: str, asked: Sequence[tuple[Block, Recipe]], folder: Path, claims: Path | None
+) -> Workplace:
+    """A pool's workplace, with all that several of the jobs asked for would each make again."""
+    if kind == "nano":
+        place = Workplace(base, Pool.open("nano"))
+    else:
+        home = folder / "pools" / kind
+        once([(home, lambda: pools.make(kind, home, base))], claims)
+        place = Workplace(base, pools.make(kind, home, base))
+    for share, wanted in ((share_rankings, asks_for_rankings), (share_own, asks_for_own)):
+        blocks = {replace(block, recipes=()): None for block, recipe in asked if wanted(recipe)}
+        for block in blocks:
+            share(place, _cases(block), folder / "shared" / kind, claims)
+    return place
+
+
+def _cases(block: Block) -> list[Case]:
+    sizes = {"n_train": block.n_train, "n_validation": block.n_validation, "n_test": block.n_test}
+    return [
+        Case(load(name, seed=0 if block.fixed else seed, **sizes), seed) for name in block.tasks for seed in block.seeds
+    ]
 
 
 def run_job(place: Workplace, block: Block, recipe: Recipe) -> pd.DataFrame:
@@ -269,37 +110,50 @@ def job_path(grid: str, block: Block, recipe: Recipe, folder: Path) -> Path:
     return folder / grid / f"{run_key({'job': what})}.parquet"
 
 
-def _claimed(claims: Path | None, job: str) -> bool:
-    """Take a job that no other process has taken."""
-    if claims is None:
-        return True
-    claims.mkdir(parents=True, exist_ok=True)
-    try:
-        (claims / job).open("x").close()
-    except FileExistsError:
-        return False
-    return True
-
-
 def gather(name: str, folder: Path, out: Path) -> Path:
     """Write the rows of all jobs of a grid as out/grid_NAME.parquet, numbers in single precision.
+
+    A job that is not in the folder keeps the rows that the file there already holds of it.
 
     Raises:
         WorkbenchError: jobs that have not run yet.
     """
-    paths = list(dict.fromkeys(job_path(*job, folder) for job in jobs([name])))
-    if missing := [path for path in paths if not path.is_file()]:
+    path, found, missing, held = out / f"grid_{name}.parquet", {}, [], _held(name, out)
+    ours = jobs([name])
+    for _, block, recipe in ours:
+        key, stored = _row_key(block, recipe), job_path(name, block, recipe, folder)
+        if stored.is_file():
+            found[key] = _slim(pd.read_parquet(stored))
+        elif key in held:
+            found[key] = held[key]
+        else:
+            missing.append(key)
+    if missing:
         raise WorkbenchError(
-            f"{len(missing)} of {len(paths)} jobs of {name} are not stored in {folder}; run them first"
+            f"{len(missing)} of {len(ours)} jobs of {name} are not stored in {folder}; run them first, such as {missing[0][0]}"
         )
-    table = pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
-    table = table.drop(columns=["versions", "platform", "split"])
-    table = table.astype({column: "float32" for column in table.select_dtypes("float64")})
     out.mkdir(parents=True, exist_ok=True)
-    table.sort_values(["recipe", "task", "seed", "n_train", "drawn", "pool_kind"]).to_parquet(
-        out / f"grid_{name}.parquet", index=False, compression="zstd"
-    )
-    return out / f"grid_{name}.parquet"
+    table = pd.concat(found.values(), ignore_index=True)
+    table.sort_values(["recipe", "task", "seed", *_JOB[1:]]).to_parquet(path, index=False, compression="zstd")
+    return path
+
+
+_JOB = ["recipe", "n_train", "drawn", "pool_kind"]  # what tells the jobs of a grid apart
+
+
+def _row_key(block: Block, recipe: Recipe) -> tuple:
+    return recipe.label, block.n_train, not block.fixed, block.pool
+
+
+def _held(name: str, folder: Path | None) -> dict[tuple, pd.DataFrame]:
+    """The rows of each job that a gathered file holds."""
+    path = folder / f"grid_{name}.parquet" if folder else None
+    return dict(iter(pd.read_parquet(path).groupby(_JOB))) if path and path.is_file() else {}
+
+
+def _slim(rows: pd.DataFrame) -> pd.DataFrame:
+    rows = rows.drop(columns=["versions", "platform", "split"])
+    return rows.astype({column: "float32" for column in rows.select_dtypes("float64")})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -309,13 +163,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=Path("runs/results"))
     parser.add_argument("--grid", choices=sorted(GRIDS), action="append")
     parser.add_argument("--claims", type=Path, help="a folder by which several processes share the jobs")
+    parser.add_argument("--missing", action="store_true", help="run only jobs of which the files in --out hold no rows")
     parser.add_argument("--gather", action="store_true", help="only gather what is stored")
     parser.add_argument("--tf32", action="store_true", help="let matrix products use TF32 (faster, less precise)")
     args = parser.parse_args(argv)
     if args.tf32:
         torch.set_float32_matmul_precision("high")
     if not args.gather:
-        run_grids(args.grid or list(GRIDS), args.results, claims=args.claims)
+        gathered = args.out if args.missing else None
+        run_grids(args.grid or list(GRIDS), args.results, claims=args.claims, gathered=gathered)
     if args.gather or args.claims is None:
         for name in args.grid or GRIDS:
             print(gather(name, args.results, args.out))
