@@ -8,7 +8,7 @@ from helpers import hook_logits, logits_of, random_adapter, relative, some_ids, 
 from workbench.adapters import Adapter
 from workbench.base import Base
 from workbench.errors import AdapterError
-from workbench.keys import layout, locate
+from workbench.keys import MAX_NAME, layout, locate, targeted
 from workbench.merge import merge
 from workbench.pool import Pool
 from workbench.screen import screen
@@ -140,3 +140,45 @@ def test_the_layout_of_a_file():
     assert "lora_A twice" in layout(["a.lora_A.weight", "a.lora_A.default.weight"]).problem
     for strange in ("e.lora_embedding_A.weight", "a.lora_A", "a.lora_magnitude_vector", "a.lora_A.other.weight"):
         assert repr(strange) in layout([strange]).problem
+    for strange in (
+        "a\n.lora_A.weight",
+        "a.lora_A.weight\n",
+        "a\u202e.lora_A.weight",
+        "a" * MAX_NAME + ".lora_A.weight",
+    ):
+        assert "not printable, or longer than 500" in layout([strange]).problem
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"target_modules": ["q"]}, {"target_modules": ["model.layers.0.q"]}, {"target_modules": r".*\.(q|v)"}),
+        *({"exclude_modules": ["layers.1.v", "head"]}, {"exclude_modules": r".*\.1\..*"}, {"target_modules": ["oq"]}),
+        *({"layers_to_transform": 1}, {"layers_to_transform": [0, 7]}, {"layers_to_transform": []}),
+        {"layers_to_transform": [1], "layers_pattern": "layers"},
+        {"layers_to_transform": [1], "layers_pattern": ["h", "model.layers", "experts"]},
+        {"layers_to_transform": [0], "layers_pattern": "experts"},
+        {"layers_to_transform": [1], "layers_pattern": "layers", "target_modules": ["q", "model.layers.0.v"]},
+        {"layers_to_transform": [1], "layers_pattern": r"lay.*|h"},
+    ],
+)
+def test_targeted_is_what_peft_targets(changes):
+    from types import SimpleNamespace
+
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    keys = ("exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters", "modules_to_save")
+    config = {"target_modules": ["q", "v"], **dict.fromkeys(keys), **changes}
+    modules = [f"model.layers.{i}.{name}" for i in range(3) for name in ("q", "v", "oq", "experts.0.q")] + ["head.q"]
+    want = {module for module in modules if check_target_module_exists(SimpleNamespace(**config), module)}
+    assert targeted(config, modules) == want
+
+
+def test_what_cannot_be_told_is_targeted():
+    modules = ["layers.0.q", "h"]
+    for wanted in ("all-linear", "(a+)+", None):
+        assert targeted({"target_modules": wanted, "exclude_modules": "(a+)+q"}, modules) == set(modules)
+    assert targeted({"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": "(a+)+"}, modules) == {
+        modules[0]
+    }
+    assert targeted({"target_modules": ""}, modules) == set()

@@ -1,6 +1,7 @@
 """What a plain LoRA is: every setting of the installed peft judged, and no stranger's pattern run without end."""
 
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from helpers import hook_logits, peft_logits, relative, some_ids, tiny_causal, write_peft, write_raw
 from workbench.adapters import Adapter
 from workbench.errors import AdapterError
-from workbench.plain import objections
+from workbench.plain import SETTINGS, looked_up, objections, show, tame
 from workbench.screen import screen
 
 
@@ -30,12 +31,17 @@ def test_every_setting_of_the_installed_peft_is_known():
         *("megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
         *("qalora_group_size", "runtime_config", "ensure_weight_tying"),
     }
+    fitting = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "lora_alpha": 3, "base_model_name_or_path": "a/b"}
+    fitting |= {"target_modules": "a", "exclude_modules": ["a"], "layers_to_transform": 3, "layers_pattern": "a"}
     set_to = {"bias": "all", "init_lora_weights": "pissa"}
     plain = {"peft_type": "LORA"}
     assert not list(objections(plain))
     for field in dataclasses.fields(LoraConfig):
+        assert field.name in SETTINGS, (
+            f"peft has a new setting {field.name}: is ΔW still s·B·A under it? Say so in plain"
+        )
         if field.name in harmless:
-            value = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "lora_alpha": 3}.get(field.name, {"a": 1})
+            value = fitting.get(field.name, {"a": 1})
             assert not list(objections(plain | {field.name: value})), field.name
         else:
             (rule, reason), *_ = objections(plain | {field.name: set_to.get(field.name, ["x"])})
@@ -48,6 +54,10 @@ def test_every_setting_of_the_installed_peft_is_known():
     [
         ({"use_mora": True}, "'use_mora' is set and not known here"),
         ({"twist_config": {"a": 1}}, "'twist_config' is set and not known here"),
+        ({"lora_gate": "sigmoid"}, "'lora_gate' is set and not known here: the update may not be s·B·A"),
+        ({"enable_lora": [True, False, True]}, "'enable_lora' is set and not known here"),
+        ({"base_model_name_or_path": ["a"]}, "base_model_name_or_path is ['a'], expected a text"),
+        ({"task_type": 1}, "task_type is 1, expected a text"),
         ({"init_lora_weights": "Pissa_niter_8"}, "altered the base's weights"),
         ({"init_lora_weights": "lora_ga"}, "altered the base's weights"),
         ({"init_lora_weights": "svd_start"}, "not known here, so it may have altered"),
@@ -63,7 +73,22 @@ def test_unknown_variants_and_initialisations_are_refused(config, said, tmp_path
 
 
 @pytest.mark.parametrize(
-    "config", [{"use_mora": False}, {"twist_config": None}, {"note": "use_mora"}, {"use_rslora": 1}]
+    "config",
+    [
+        *(
+            {"use_mora": False},
+            {"twist_config": None},
+            {"note": "use_mora"},
+            {"use_rslora": 1},
+            {"_name_or_path": "a/b"},
+        ),
+        {
+            "enable_lora": None,
+            "merge_weights": True,
+            "lora_dtype": "bf16",
+            "lorap_emb_lr": 1e-6,
+        },  # as others write them
+    ],
 )
 def test_what_is_not_set_or_only_noted_is_accepted(config, tmp_path):
     assert Adapter.load(write_raw(tmp_path / "a", pair("m"), **config)).rank == 2
@@ -92,7 +117,39 @@ def test_the_reader_runs_no_intricate_pattern(config, said, tmp_path):
 
 
 def test_the_reader_runs_no_pattern_on_endless_names(tmp_path):
-    folder = write_raw(tmp_path / "a", pair("a." * 2000), alpha_pattern={".*a.*a.*b": 1})
+    folder = write_raw(tmp_path / "a", pair("a." * 200), alpha_pattern={".*a.*a.*b": 1})
     with pytest.raises(AdapterError, match=r"looking 1 patterns up for 1 modules may take [\d,]+ steps"):
         Adapter.load(folder)
     assert screen(folder).rule == "keys"
+
+
+def test_looked_up_is_what_peft_finds():
+    from peft.utils.other import get_pattern_key
+
+    for patterns in ({"q": 1, ".*_proj": 2}, {"layers.1": 3}, {r"^model\..*q": 4, "k|q": 5}, {"x": 6}, {r"\d+\.q": 7}):
+        assert all(map(tame, patterns))
+        for module in ("model.layers.1.q", "layers.1", "q", "k_proj", "model.layers.12.q_proj", "x"):
+            assert looked_up(patterns, module, 0) == patterns.get(get_pattern_key(patterns, module), 0)
+    assert looked_up(None, "q", 8) == looked_up({}, "q", 8) == 8
+
+
+def test_many_patterns_are_looked_up_in_time(tmp_path):
+    """A pattern for each of 1,000 modules, more than `re` remembers."""
+    modules = [f"model.layers.{i}.q_proj" for i in range(1000)]
+    tensors = {key: tensor for module in modules for key, tensor in pair(module).items()}
+    patterns = {module: i % 7 + 1 for i, module in enumerate(modules)}
+    folder = write_raw(tmp_path / "a", tensors, alpha_pattern=patterns, rank_pattern=dict.fromkeys(patterns, 2))
+    start = time.thread_time()
+    verdict = screen(folder)
+    assert time.thread_time() - start < 5
+    assert verdict.accepted, verdict.reason
+    assert [verdict.adapter.modules[m].scale for m in modules] == [(i % 7 + 1) / 2 for i in range(1000)]
+
+
+def test_what_cannot_be_shown_is_named():
+    deep = []
+    for _ in range(10**5):
+        deep = [deep]
+    assert show(deep) == "a list too intricate to be shown"
+    assert show(10**5000) == "a int too intricate to be shown"
+    assert show("\x1b\u202e") == r"'\x1b\u202e'"

@@ -7,26 +7,26 @@ recycling study ("The Appeal and Reality of Recycling LoRAs with Adaptive Mergin
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from workbench.errors import AdapterError
-from workbench.plain import CONFIG, WEIGHTS, objections, show, toilsome
+from workbench.header import MAX_TENSORS, WIDTH
+from workbench.keys import targeted
+from workbench.plain import CONFIG, MAX_CONFIG, WEIGHTS, looked_up, objections, scaling, show, toilsome
 
 if TYPE_CHECKING:
     from workbench.screen import Candidate
 
-__all__ = ["DEFAULT", "RULES", "STUDY", "WIDTH", "Rule"]
+__all__ = ["DEFAULT", "RULES", "STUDY", "Rule"]
 
-MAX_CONFIG, MAX_WEIGHTS = 2**20, 2**34  # bytes
-MAX_TENSORS = 20_000
+MAX_WEIGHTS = 2**34  # bytes
+MAX_RANK = 4096
 MAX_NORM = 1000.0  # recycling study: 1 < ‖ΔW‖_F ≤ 1000 over all modules
-WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Rule:
     why: str
     check: Callable[[Candidate], str]
     stage: str  # "config", "header" or "values": what has to be read for it
-    required: bool
-    sets: tuple[str, ...]
+    required: bool = False
+    sets: tuple[str, ...] = ()
 
 
 RULES: dict[str, Rule] = {}
@@ -77,20 +77,22 @@ def symlink(c: Candidate) -> str:
 @rule("config", required=True)
 def config_file(c: Candidate) -> str:
     """There is an `adapter_config.json`."""
-    return "" if (c.folder / CONFIG).is_file() else f"no {CONFIG}"
+    return "" if CONFIG in c.files else f"no {CONFIG}"
 
 
 @rule("config", required=True)
 def config_json(c: Candidate) -> str:
-    """`adapter_config.json` is a JSON object of at most 1 MiB."""
-    size = (c.folder / CONFIG).stat().st_size
+    """`adapter_config.json` is a JSON object of at most 1 MiB, its names texts."""
+    size = c.size(CONFIG)
     if size > MAX_CONFIG:
         return f"{CONFIG} has {size:,} bytes, expected at most {MAX_CONFIG:,}"
     try:
         config = c.config
     except (ValueError, RecursionError) as error:
         return f"{CONFIG} is not JSON ({str(error)[:100]})"
-    return "" if isinstance(config, dict) else f"{CONFIG} holds a {type(config).__name__}, expected an object"
+    if not isinstance(config, dict):
+        return f"{CONFIG} holds a {type(config).__name__}, expected an object"
+    return _objection(c, "config-json")
 
 
 @rule("config", required=True)
@@ -125,7 +127,7 @@ def init(c: Candidate) -> str:
 
 @rule("config", required=True)
 def variant(c: Candidate) -> str:
-    """None of the LoRA variants that compute something other than s·B·A."""
+    """None of the LoRA variants that compute something other than s·B·A, and no setting that is not known."""
     return _objection(c, "variant")
 
 
@@ -174,19 +176,18 @@ def base_name(c: Candidate) -> str:
 @rule("header", required=True)
 def pickle(c: Candidate) -> str:
     """The weights are not only there as a pickle, which can run code and is never opened."""
-    if (c.folder / WEIGHTS).exists():
+    if WEIGHTS in c.files:
         return ""
-    found = sorted(p.name for suffix in ("bin", "pt", "pth", "ckpt", "pkl") for p in c.folder.glob(f"*.{suffix}"))
+    found = sorted(name for name in c.files if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")))
     return f"its weights are a pickle ({found[0]}), which can run code and is never opened" if found else ""
 
 
 @rule("header", required=True)
 def weights_file(c: Candidate) -> str:
     """There is an `adapter_model.safetensors`, of at most 16 GiB."""
-    path = c.folder / WEIGHTS
-    if not path.is_file():
+    if WEIGHTS not in c.files:
         return f"no {WEIGHTS}"
-    size = path.stat().st_size
+    size = c.size(WEIGHTS)
     return "" if size <= MAX_WEIGHTS else f"{WEIGHTS} has {size:,} bytes, expected at most {MAX_WEIGHTS:,}"
 
 
@@ -214,7 +215,11 @@ def keys(c: Candidate) -> str:
 def dtype(c: Candidate) -> str:
     """Tensors are fp64, fp32, fp16 or bf16."""
     odd = {key: entry["dtype"] for key, entry in c.header.items() if entry["dtype"] not in WIDTH}
-    return f"{show(next(iter(odd)))} is of type {next(iter(odd.values()))}, expected {', '.join(WIDTH)}" if odd else ""
+    return (
+        f"{show(next(iter(odd)))} is of type {show(next(iter(odd.values())))}, expected {', '.join(WIDTH)}"
+        if odd
+        else ""
+    )
 
 
 @rule("header", required=True)
@@ -228,41 +233,42 @@ def pairs(c: Candidate) -> str:
 
 @rule("header", required=True)
 def shapes(c: Candidate) -> str:
-    """A is (r, d_in) and B (d_out, r), with one r of at least 1."""
+    """A is (r, d_in) and B (d_out, r), with one r of at least 1 and at most 4,096."""
     for module, pair in c.pairs.items():
         a, b = pair["A"], pair["B"]
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in a + b:
             return f"{module} has A {a} and B {b}, expected (r, d_in) and (d_out, r) with one r ≥ 1"
+        if a[0] > MAX_RANK:
+            return f"{module} has rank {a[0]:,}, expected at most {MAX_RANK:,}"
     return ""
 
 
 @rule("header")
 def rank(c: Candidate) -> str:
     """The tensors' ranks are the configuration's, without which the scale α/r is ambiguous."""
-    patterns = c.config.get("rank_pattern") or {}
+    patterns, common = c.config.get("rank_pattern"), c.config.get("r", 8)
     for module, pair in c.pairs.items():
-        told = next((r for p, r in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), c.config.get("r", 8))
-        if told != pair["A"][0]:
-            return f"{module} has rank {pair['A'][0]}, but {CONFIG} says {show(told)}"
+        r, place = pair["A"][0], c.places.get(module, module)
+        told = looked_up(patterns, module, common)
+        if type(told) is not int or told != r:
+            return f"{module} has rank {r}, but {CONFIG} says {show(told)}"
+        if looked_up(patterns, place, common) != told or scaling(c.config, place, r) != scaling(c.config, module, r):
+            return f"{CONFIG} has a rank or α for {place}, the base's name for {module}, and another for that"
     return ""
 
 
 @rule("header")
 def targets(c: Candidate) -> str:
-    """target_modules, where it is a list, names every module in the file."""
-    wanted = c.config.get("target_modules")
-    if not isinstance(wanted, list):
+    """target_modules, where it is a list, names every module in the file, and no other setting leaves one out."""
+    kept = targeted(c.config, {*c.pairs, *c.places.values()})
+    lost = [m for m in c.pairs if m not in kept and c.places.get(m) not in kept]
+    if c.config.get("ensure_weight_tying"):  # which adds the layer tied to a target
+        lost = [m for m in lost if any(part.isdecimal() for part in m.split("."))]
+    if not lost:
         return ""
-    known = {target for target in wanted if isinstance(target, str)}
-    lost = [m for m in c.pairs if known.isdisjoint(_suffixes(m))]
-    if not lost or c.config.get("ensure_weight_tying"):  # which adds the layer tied to a target
-        return ""
-    return f"target_modules = {show(wanted)} does not name {len(lost)} of {len(c.pairs)} modules, such as {lost[0]}"
-
-
-def _suffixes(module: str) -> list[str]:
-    parts = module.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts))]
+    keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    said = ", ".join(f"{key} = {show(c.config[key])}" for key in keys if c.config.get(key) is not None)
+    return f"under {said} peft has no place for {len(lost)} of {len(c.pairs)} modules, such as {lost[0]}"
 
 
 @rule("header")
@@ -306,18 +312,27 @@ def finite(c: Candidate) -> str:
     try:
         if math.isfinite(c.norm):
             return ""
-        bad = [m for m, f in c.adapter.modules.items() if not torch.isfinite(f.B).all()]
-        return f"{bad[0]} is not finite once it is multiplied by its scale" if bad else ""
+        bad = next((module for module, f in c.source if not torch.isfinite(f.B).all()), "")
+        return f"{bad} is not finite once it is multiplied by its scale" if bad else ""
     except AdapterError:
-        bad = [key for key, t in load_file(c.folder / WEIGHTS).items() if not torch.isfinite(t.float()).all()]
+        bad = list(_unfinished(c))
         return f"{len(bad)} tensors hold NaN or infinite values, such as {min(bad)}" if bad else ""
+
+
+def _unfinished(c: Candidate) -> Iterator[str]:
+    """Names of the tensors that are not finite in fp32; none, where the file cannot be read."""
+    try:
+        with safe_open(c.folder / WEIGHTS, framework="pt") as file:
+            yield from (key for key in file.keys() if not torch.isfinite(file.get_tensor(key).float()).all())  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return
 
 
 @rule("values", required=True)
 def readable(c: Candidate) -> str:
     """Whatever else the reader of adapters objects to."""
     try:
-        c.adapter  # noqa: B018
+        c.measured  # noqa: B018
     except AdapterError as error:
         return str(error).removeprefix(f"{c.folder.name}: ")
     return ""
