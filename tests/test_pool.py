@@ -12,10 +12,13 @@ import pandas as pd
 import pytest
 
 from helpers import random_adapter, tiny_base
+from workbench import screen, source
 from workbench.adapters import Adapter
 from workbench.errors import AdapterError, BaseError, SelectionError
+from workbench.inventory import kept_shapes
 from workbench.nano import shelf, wild, world
 from workbench.pool import COLUMNS, Pool
+from workbench.rules import Rule
 from workbench.screen import STUDY, base_shapes, counts
 from workbench.stack import Stack
 
@@ -109,9 +112,11 @@ def test_the_digest_is_of_the_content(folder, tmp_path, base):
     assert Pool.open(folder).digest != digest
 
 
-def test_wild_adapters_are_refused_with_reasons(folder, base, base_folder):
+def test_wild_adapters_are_refused_with_reasons(folder, base, base_folder, monkeypatch):
     expected = wild.make(folder, base)
     pool = Pool.open(folder, base=base_folder)
+    monkeypatch.setattr("workbench.pool.KEPT_IN_MEMORY", 0)  # each then is read module by module and let go
+    pd.testing.assert_frame_equal(Pool.open(folder, base=base_folder).table, pool.table)
     table = pool.table.set_index("name")
     assert table["rule"].to_dict() == expected | dict.fromkeys(NAMES, "")
     assert table.index.is_monotonic_increasing
@@ -221,10 +226,8 @@ def test_the_title_is_escaped_too(folder, tmp_path):
 def test_a_name_that_is_no_text(folder, tmp_path):
     os.rename(folder / "apple", os.fsencode(folder) + b"/app\xff")
     pool = Pool.open(folder)
-    refused = pool.table.set_index("name").loc["app\\udcff"]
-    assert not refused["accepted"]  # safetensors cannot open such a path
-    assert refused["reason"].startswith("could not be checked (")
-    assert pool.names == NAMES[1:]
+    assert pool.names == ("app\\udcff", *NAMES[1:])
+    assert pool.adapter(pool.names[0]).digest() == pool.stack(lazy=True).adapter(0).digest()
     pool.table.to_parquet(tmp_path / "table.parquet")
     pool.show()._repr_html_().encode()
 
@@ -269,3 +272,186 @@ def test_a_missing_bundle_says_how_to_make_it(tmp_path, monkeypatch):
     monkeypatch.setattr(shelf, "BASE", tmp_path / "base")
     with pytest.raises(AdapterError, match=r"python -m workbench\.nano\.forge"):
         Pool.open("nano")
+
+
+# A pool that is opened again.
+
+
+@pytest.fixture
+def opened(tmp_path, monkeypatch):
+    """Open a pool with an inventory, and say which adapters' weights were read."""
+    read, header = [], source.read_header
+
+    def watched(path):
+        read.append(Path(path).parent.name)
+        return header(path)
+
+    monkeypatch.setattr(source, "read_header", watched)
+
+    def open_it(folder, **settings):
+        read.clear()
+        pool = Pool.open(folder, **{"cache": tmp_path / "cache", "inventory": True} | settings)
+        return pool, sorted(read)
+
+    return open_it
+
+
+def sixty(folder, base):
+    """Adapters of which three in ten are broken."""
+    for i in range(60):
+        random_adapter(base, 2, i, ["q_proj"], name=f"a{i:02}").save(folder / f"a{i:02}")
+        if i % 10 == 3:
+            rename_base(folder / f"a{i:02}", "someone/other")
+        if i % 10 == 5:
+            weights = folder / f"a{i:02}" / "adapter_model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:-3])
+        if i % 10 == 7:
+            (folder / f"a{i:02}" / "adapter_model.safetensors").unlink()
+    return folder
+
+
+def test_a_second_opening_reads_no_weights(tmp_path, base, opened, monkeypatch):
+    folder = sixty(tmp_path / "pool", base)
+    monkeypatch.setattr("workbench.pool.KEPT_IN_MEMORY", 0)
+    first, read = opened(folder)
+    assert len(first) == 42
+    assert len(read) == 42  # broken ones are refused before
+    for weights in folder.glob("*/adapter_model.safetensors"):  # of the weights only sizes and times are looked at
+        before = weights.stat()
+        weights.write_bytes(b"x" * before.st_size)
+        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    second, read = opened(folder)
+    assert read == []
+    assert (second.names, second.base, second.refused()) == (first.names, first.base, first.refused())
+    pd.testing.assert_frame_equal(second.table, first.table)
+    assert second.digest == first.digest
+
+
+def test_a_changed_adapter_is_screened_again(folder, base, opened):
+    first, read = opened(folder)
+    assert read == sorted([*NAMES, *NAMES])  # each to be measured, and, in a small pool, to be kept
+    random_adapter(base, 2, seed=9, name="apple").save(folder / "apple", overwrite=True)
+    (folder / "cherry" / "adapter_model.safetensors").unlink()
+    random_adapter(base, 2, seed=8).save(folder / "egg")
+    os.utime(folder / "damson" / "README.md", ns=(1, 1))
+    second, read = opened(folder)
+    assert set(read) == {"apple", "egg", "damson"}
+    assert second.names == ("apple", "banana", "damson", "egg")
+    pd.testing.assert_frame_equal(second.table, Pool.open(folder).table)
+    assert second.digest == Pool.open(folder).digest != first.digest
+    shutil.rmtree(folder / "egg")
+    third, read = opened(folder)
+    assert (third.names, read) == (("apple", "banana", "damson"), [])
+    (folder / "apple" / "adapter_model.bin").write_bytes(b"")
+    assert opened(folder)[1] == ["apple", "apple"]
+
+
+def test_what_a_verdict_depends_on_besides(folder, tmp_path, base_folder, opened):
+    assert opened(folder)[1]
+    assert not opened(folder)[1]
+    assert opened(folder, rules=STUDY)[1]
+    assert opened(folder, base=base_folder)[1]
+    assert opened(folder, base="no/one")[0].names == ()
+    for again in ({}, {"rules": STUDY}, {"base": base_folder}, {"base": "no/one"}, {"rules": STUDY[::-1]}):
+        assert not opened(folder, **again)[1]
+    assert opened(folder, inventory=False)[1]
+    assert opened(folder, cache=tmp_path / "elsewhere")[1]
+    calm = Rule("calm", "A norm under a million", lambda c: "" if c.norm < 1e6 else "wild", "values")
+    assert opened(folder, rules=[calm])[1]
+    assert opened(folder, rules=[calm])[1]  # a function's verdict is not kept
+    assert len(list((tmp_path / "elsewhere" / "workbench").glob("*.parquet"))) == 1
+
+
+def test_a_link_that_points_elsewhere_is_a_change(folder, tmp_path, opened):
+    (folder / "apple").rename(tmp_path / "apple")
+    (folder / "apple").mkdir()
+    for path in (tmp_path / "apple").iterdir():
+        shutil.copy2(path, folder / "apple")
+    weights = folder / "apple" / "adapter_model.safetensors"
+    assert "apple" in opened(folder)[0].names
+    weights.unlink()
+    weights.symlink_to(tmp_path / "apple" / weights.name)
+    pool, _ = opened(folder)
+    assert pool.table.set_index("name").loc["apple", "rule"] == "symlink"
+    (tmp_path / "apple" / weights.name).unlink()
+    assert opened(folder)[0].refused().keys() == {"apple"}
+
+
+def test_small_pools_leave_nothing_behind(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    Pool.open(folder)
+    assert not (tmp_path / "hub").exists()
+    monkeypatch.setattr("workbench.pool.WORTH_AN_INVENTORY", 0)
+    Pool.open("nano")
+    assert not (tmp_path / "hub").exists()
+    Pool.open(folder, inventory=False)
+    assert not (tmp_path / "hub").exists()
+    Pool.open(folder)
+    assert len(list((tmp_path / "hub" / "workbench").glob("*pool*.parquet"))) == 1
+
+
+def test_an_interrupted_screening_loses_nothing(tmp_path, base, opened, monkeypatch):
+    folder = sixty(tmp_path / "pool", base)
+    monkeypatch.setattr("workbench.folders.THREADS", 1)
+    monkeypatch.setattr("workbench.folders.BATCH", 10)
+    judge, names = screen.screen, []
+
+    def interrupted(*args, name=None, **settings):
+        names.append(name)
+        if len(names) == 36:
+            raise KeyboardInterrupt
+        return judge(*args, name=name, **settings)
+
+    monkeypatch.setattr(
+        "workbench.pool.screen", lambda *args, **s: interrupted(*args, **s) if s.get("name") else judge(*args, **s)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        opened(folder)
+    del names[:]
+    names.append("never 36 again")
+    assert len(opened(folder)[0]) == 42
+    assert names[1:] == [f"a{i:02}" for i in range(35, 60)]
+
+
+def test_the_base_s_layers_are_kept_too(folder, base_folder, tmp_path, monkeypatch):
+    settings = {"base": base_folder, "cache": tmp_path / "cache", "inventory": True}
+    first = Pool.open(folder, **settings)
+    monkeypatch.setattr("workbench.inventory.base_shapes", None)
+    second = Pool.open(folder, **settings)
+    assert second.shapes == first.shapes == base_shapes(str(base_folder))
+    assert second.checked
+    (kept,) = (tmp_path / "cache" / "workbench").glob("layers*.parquet")
+    kept.write_bytes(b"damaged")
+    monkeypatch.setattr("workbench.inventory.base_shapes", base_shapes)
+    assert Pool.open(folder, **settings).shapes == first.shapes
+    with pytest.raises(BaseError, match="nowhere"):
+        kept_shapes(str(tmp_path / "nowhere"), tmp_path)
+    with pytest.raises(BaseError, match="no layer shapes"):
+        kept_shapes("../no id", tmp_path)
+
+
+def test_what_the_hub_tells_has_columns(folder):
+    pool = Pool.open(folder)
+    told = {"author": "ann", "created": "2026-01-02", "downloads": 7, "likes": 0, "licence": "mit", "datasets": "a,b"}
+    pool._verdicts["apple"].facts.update(told, tags="x")
+    pool._verdicts["banana"].facts.update(author=None, downloads=None)
+    table = pool.table.set_index("name")
+    assert table.loc["apple", [*told, "tags"]].to_dict() == told | {"tags": "x"}
+    assert table.loc["banana", "author"] == ""
+    assert table["downloads"].isna().tolist() == [False, True, True, True]
+    assert {"author", "downloads", "likes"} <= set(pool.show().table)
+    plain = set(Pool.open(folder).show().table)
+    assert plain.isdisjoint({*told, "tags", "rule", "reason", "operation"})
+    assert {"name", "accepted", "rank", "norm", "rslora"} <= plain
+
+
+def test_the_digest_of_what_was_screened(folder, monkeypatch):
+    pool = Pool.open(folder)
+    for name in NAMES:
+        assert (
+            pool._verdicts[name].facts["digest"] == Adapter.load(folder / name).digest() == pool.adapter(name).digest()
+        )
+    digest = Pool.open(folder).digest
+    for name in NAMES:
+        del pool._verdicts[name].facts["digest"]
+    assert pool.digest == digest

@@ -29,7 +29,6 @@ from workbench.select import (
     train_target,
 )
 from workbench.similarity import similarity
-from workbench.stack import Stack
 from workbench.tasks import Example, Task
 
 LIMIT = 2
@@ -130,10 +129,12 @@ def test_groups_hold_every_adapter_within_the_budget(pool, budget):
 def test_asking_again_scores_nothing_and_gives_a_copy(pool, task, base, monkeypatch):
     first = rank_adapters(pool, task, base)
     first.loc[0, "name"] = "spoilt"
-    monkeypatch.setattr(select, "score", None)
+    monkeypatch.setattr(select, "judged", None)
     assert rank_adapters(pool, task, base)["name"][0] == SKILLED
     with pytest.raises(TypeError):
         rank_adapters(pool, replace(task, train=task.train[:3]), base)  # other examples are scored anew
+    with pytest.raises(TypeError):
+        rank_adapters(pool, replace(task, metric="normalised match"), base)  # and so is another metric
 
 
 def test_evaluation_takes_the_best(pool, task, base):
@@ -443,15 +444,11 @@ def test_diverse_against_the_rule(pool, task, base, monkeypatch):
     assert found[50.0] != evaluation
     assert found[50.0][-1] in ("n5", "n6")  # a copy is the most alike of all
     assert pool.select("diverse", 2, task=task, base=base, skip=3).names == tuple(default[3:5])
-    chunks = select._chunks
-    monkeypatch.setattr(select, "_chunks", lambda pool, _: chunks(pool, 1))
-    stacked, of = [], Stack.of
-    monkeypatch.setattr(Stack, "of", lambda adapters: stacked.append(len(adapters)) or of(adapters))
+    monkeypatch.setattr("workbench.pool.KEPT_IN_MEMORY", 0)
+    monkeypatch.setattr(pool, "adapter", None)  # then no adapter is read whole
     assert {beta: rank_diverse(pool, task, base, beta=beta) for beta in found} == found
-    assert max(stacked) == 2  # a pair at a time
     monkeypatch.undo()
     table = similarity(pool.stack(evaluation)).to_numpy()
-    monkeypatch.setattr(select, "_chunks", lambda pool, _: chunks(pool, 1))
     assert select._cosines(pool, evaluation, base.device).numpy() == pytest.approx(table, abs=1e-6)
 
 

@@ -14,47 +14,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from workbench.card import model_card
 from workbench.errors import AdapterError
-from workbench.keys import layout, locate, tensor_names
-from workbench.licences import stated
-from workbench.plain import CONFIG, WEIGHTS, read_config, scaling, toilsome
+from workbench.keys import tensor_names
+from workbench.plain import CONFIG, WEIGHTS, read_config, scaling
+from workbench.source import Factors, Source, feed, squared
 
 __all__ = ["CONFIG", "WEIGHTS", "Adapter", "Factors", "read_config", "scaled", "scaling"]
 
 # peft's task types under which it adds no head of its own, which a plain LoRA could not bring along.
 _TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
-
-
-@dataclass(frozen=True)
-class Factors:
-    """One module's low-rank update ΔW = B A.
-
-    B is (d_out, r) and A (r, d_in), both fp32; the file's scaling s is folded into B and kept in `scale`, so that
-    `raw_B` gives back what the file held (LoraHub's factor space and the random control's σ are defined on that).
-    An `embedding` is a linear layer on one-hot tokens: its A is (r, vocabulary), its B (width, r), as peft stores them.
-    """
-
-    B: Tensor
-    A: Tensor
-    scale: float = 1.0
-    embedding: bool = False
-
-    @property
-    def rank(self) -> int:
-        return self.A.shape[0]
-
-    @property
-    def raw_B(self) -> Tensor:
-        return self.B / self.scale
-
-    def delta(self) -> Tensor:
-        """ΔW, (d_out, d_in)."""
-        return self.B @ self.A
 
 
 @dataclass(frozen=True)
@@ -89,34 +60,8 @@ class Adapter:
             AdapterError: naming the folder, and the module where one is at fault: missing or truncated files, not a
                 plain LoRA, unpaired factors, ranks that disagree, values that are not finite, no module of the base.
         """
-        folder = Path(folder)
-        config = read_config(folder)
-        path = folder / WEIGHTS
-        if not path.is_file():
-            pickles = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt")]
-            hint = f"; {pickles[0]} is a pickle, which can run code and is never opened" if pickles else ""
-            raise AdapterError(f"{folder.name}: no {WEIGHTS}{hint}")
-        left_out, modules = {}, {}
-        try:
-            with safe_open(path, framework="pt") as file:
-                found = layout(file.keys())
-                if problem := found.problem or toilsome(config, found.pairs):
-                    raise AdapterError(f"{folder.name}: {problem}")
-                if not found.pairs:
-                    raise AdapterError(f"{folder.name}: {WEIGHTS} holds no LoRA factors")
-                left_out |= dict.fromkeys(found.copies, "a copy of the base's own weight, which a LoRA leaves frozen")
-                places = {module: module for module in found.pairs}
-                if shapes is not None:
-                    places = _placed(folder.name, found.pairs, shapes)
-                    left_out |= {m: "the base has no such layer" for m in found.pairs if m not in places}
-                for module, place in places.items():
-                    pair = {side: file.get_tensor(key) for side, key in found.pairs[module].items()}
-                    factors = _factors(folder.name, module, pair, config)
-                    modules[place] = replace(factors, embedding=module in found.embeddings)
-        except SafetensorError as error:
-            raise AdapterError(f"{folder.name}: {WEIGHTS} is damaged ({error}); fetch it again") from error
-        info = {"config": config, **stated(folder)} | ({"left_out": left_out} if left_out else {})
-        return cls(name or folder.name, modules, config.get("base_model_name_or_path") or "", info)
+        source = Source(folder, name, shapes=shapes)
+        return cls(source.name, dict(source), source.base, source.info)
 
     def save(
         self,
@@ -195,9 +140,8 @@ class Adapter:
         return max((factors.rank for factors in self.modules.values()), default=0)
 
     def norm(self) -> float:
-        """‖ΔW‖_F over all modules, from the factors alone: ‖BA‖² = Σ (BᵀB ∘ AAᵀ), in fp64, where no fp32 overflows."""
-        pairs = [(f.B.double(), f.A.double()) for f in self.modules.values()]
-        total = sum(float(((b.T @ b) * (a @ a.T)).sum()) for b, a in pairs)
+        """‖ΔW‖_F over all modules, from the factors alone, in fp64."""
+        total = sum(map(squared, self.modules.values()))
         return math.sqrt(0.0 if total < 0 else total)  # NaN stays NaN
 
     def times(self, weight: float) -> Adapter:
@@ -215,46 +159,14 @@ class Adapter:
         """A content hash (sha256, hex) of modules, shapes, values and scales: independent of name and folder."""
         total = hashlib.sha256()
         for module in sorted(self.modules):
-            factors = self.modules[module]
-            scale = torch.tensor(factors.scale, dtype=torch.float32).item()  # fp32, as a stack keeps it
-            total.update(f"{module}|{tuple(factors.B.shape)}|{tuple(factors.A.shape)}|{scale!r}|".encode())
-            for tensor in (factors.B, factors.A):
-                total.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+            feed(total, module, self.modules[module])
         return total.hexdigest()
-
-
-def _placed(name: str, modules: Mapping, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
-    places = locate(modules, shapes)
-    if not places:
-        raise AdapterError(
-            f"{name}: none of its {len(modules)} modules is in the base; it has such as {next(iter(modules))!r}, the base "
-            f"{next(iter(shapes), None)!r}"
-        )
-    return places
 
 
 def scaled(info: Mapping, weight: float) -> dict:
     """What an update says of itself once it is multiplied by a number: λ is multiplied too."""
     options = info.get("options", {})
     return {**info, "options": {**options, "scale": options["scale"] * weight}} if "scale" in options else dict(info)
-
-
-def _factors(name: str, module: str, pair: Mapping[str, Tensor], config: Mapping) -> Factors:
-    if set(pair) != {"A", "B"}:
-        missing = ({"A", "B"} - set(pair)).pop()
-        raise AdapterError(
-            f"{name}: {module} has no lora_{missing}; expected a pair of factors A (r, d_in) and B (d_out, r)"
-        )
-    a, b = pair["A"], pair["B"]
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
-        raise AdapterError(
-            f"{name}: {module} has A {tuple(a.shape)} and B {tuple(b.shape)}, expected (r, d_in) and (d_out, r) with one r ≥ 1"
-        )
-    a, b = a.float(), b.float()
-    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise AdapterError(f"{name}: {module} holds NaN or infinite values")
-    scale = scaling(config, module, a.shape[0])
-    return Factors((b * scale).contiguous(), a.contiguous(), scale)
 
 
 def _write_folder(folder: Path, files: Mapping[str, str], write_weights) -> None:

@@ -57,8 +57,9 @@ def closeness(stack: Stack, target: Adapter, how: str, *, mean: bool = False) ->
     _check_shapes(stack, target)
     columns = []
     for module in dict.fromkeys([*stack.modules, *target.modules]):
-        goal = _units(target.modules.get(module), stack.modules.get(module), stack.device)
-        columns.append(_module(stack.modules.get(module, goal[:0]), goal, len(stack), how))
+        units = stack.modules.get(module)  # which reads it, where the stack is lazy
+        goal = _units(target.modules.get(module), units, stack.device)
+        columns.append(_module(goal[:0] if units is None else units, goal, len(stack), how))
     inner, own, theirs = (torch.stack(column, 1) for column in zip(*columns, strict=True))  # (N, M), (N, M), (1, M)
     if not torch.isfinite(own).all():
         worst = int((~torch.isfinite(own)).any(1).nonzero()[0])
@@ -115,7 +116,7 @@ def _check_shapes(stack: Stack, target: Adapter) -> None:
             f"{next(iter(target.modules), None)!r}, they {next(iter(stack.modules), None)!r}; it is of another base"
         )
     for module in shared:
-        units, factors = stack.modules[module], target.modules[module]
+        units, factors = stack.outline[module], target.modules[module]
         got, want = (factors.B.shape[0], factors.A.shape[1]), units.shape
         if got != want or factors.embedding != units.embedding:
             first, kind = stack.names[int(units.owner[0])], {True: "an embedding of ", False: ""}

@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import html
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,14 +19,20 @@ from weakref import WeakKeyDictionary
 
 import pandas as pd
 
-from workbench.adapters import CONFIG, WEIGHTS, Adapter
+from workbench.adapters import CONFIG, Adapter
 from workbench.errors import AdapterError, BaseError, SelectionError
-from workbench.screen import Verdict, base_shapes, read_header, screen
+from workbench.folders import find_adapters, named_base, screen_all, weight
+from workbench.inventory import Inventory, kept_shapes, place, settings
+from workbench.rules import Rule
+from workbench.screen import Candidate, Checked, Verdict, base_shapes, explain, read_header, screen
+from workbench.source import Source
 from workbench.stack import Stack
 
 __all__ = ["Pool", "Shown"]
 
 KEPT_IN_MEMORY = 2**30  # bytes of factors; what does not fit is read again when asked for
+STACKED_IN_MEMORY = 2**33  # bytes of factors; a larger stack reads each module when asked for
+WORTH_AN_INVENTORY = 2**30  # bytes of weights; to screen fewer takes seconds
 COLUMNS = {
     "name": "str",
     "accepted": "bool",
@@ -44,6 +50,13 @@ COLUMNS = {
     "operation": "str",
     "domain": "str",
     "format": "str",
+    "author": "str",
+    "created": "str",
+    "downloads": "Int64",
+    "likes": "Int64",
+    "licence": "str",
+    "datasets": "str",
+    "tags": "str",
 }
 
 
@@ -59,8 +72,9 @@ class Pool:
         shapes: Mapping[str, tuple[int, int]] | None,
     ):
         self.name, self.base, self.shapes, self.checked = name, base, shapes, shapes is not None
-        self._verdicts = {v.name: v for v in sorted(verdicts, key=lambda v: v.name)}
-        self._folders = folders
+        ordered = sorted(verdicts, key=lambda v: (v.name, v.accepted))  # of two names that look alike the good one's
+        self._verdicts = {v.name: v for v in ordered}
+        self._folders, self._base_names = folders, None
         self.names: tuple[str, ...] = tuple(n for n, v in self._verdicts.items() if v.accepted)
         said = {self._verdicts[n].facts.get("base", "") for n in self.names} - {""}
         self._written = said.pop() if len(said) == 1 else base  # aliases of one base would not stack
@@ -79,15 +93,21 @@ class Pool:
         *,
         base: str | Path | None = None,
         cache: str | Path | None = None,
-        rules: Sequence[str] | None = None,
+        rules: Sequence[str | Rule] | None = None,
+        inventory: bool | None = None,
+        **hub_options,
     ) -> Pool:
         """Open the bundled pool ("nano"), a folder of adapter folders, or a base model's adapters on the Hub ("hub:ID").
 
         Args:
             base: the base model's folder or id; by default what the adapters' configurations name most often. Its layers
                 are compared with the adapters' where its configuration is on this machine (`checked` says so).
-            cache: where Hub files are kept (default: the Hub client's own cache).
-            rules: names of screening rules (None: `screen.DEFAULT`; `screen.STUDY` is the recycling study's set).
+            cache: where Hub files and inventories are kept (default: the Hub client's own cache).
+            rules: names of screening rules, and `Rule`s of one's own (None: `screen.DEFAULT`; `screen.STUDY` is the
+                recycling study's set).
+            inventory: whether what the screening of a folder finds is kept in the cache (`workbench.inventory`), so that
+                adapters whose files have not changed since are not read again; None: where they are large (1 GiB).
+            hub_options: for adapters on the Hub, those of `hub.survey`: aliases, quantised, limit, budget, progress, offline.
 
         Raises:
             AdapterError: nothing to open: no such folder, or no adapter in it.
@@ -95,23 +115,34 @@ class Pool:
         if isinstance(source, str) and source.startswith("hub:"):
             from workbench import hub
 
-            name, found = source, hub.open_all(source.removeprefix("hub:"), base=base, cache=cache, rules=rules)
-            return cls(name, str(base or source.removeprefix("hub:")), *found)
+            name = source.removeprefix("hub:")
+            return cls(
+                source, str(base or name), *hub.open_all(name, base=base, cache=cache, rules=rules, **hub_options)
+            )
+        if hub_options:
+            raise SelectionError(f"{', '.join(hub_options)}: for adapters on the Hub only; {source} is none of them")
         if isinstance(source, str) and source == "nano":
             return cls._nano(rules)
         folders = find_adapters(Path(source))
-        said = Counter(_named_base(folder) for folder in folders.values())
+        said = Counter(named_base(folder) for folder in folders.values())
         said.pop("", None)
         common = min(said, key=lambda b: (-said[b], b), default="")
+        if Path(common).resolve().is_relative_to(Path(source).resolve()):
+            common = ""  # what lies among the adapters is a stranger's, the configuration of a base too
         home = str(base or common)
+        if inventory is None:
+            inventory = sum(map(weight, folders.values())) > WORTH_AN_INVENTORY
         try:
-            shapes = base_shapes(home) if home else None
+            shapes = (kept_shapes(home, cache) if inventory else base_shapes(home)) if home else None
         except BaseError:
             if base is not None and Path(base).exists():
                 raise
             shapes = None
         names = [home] if home in said or shapes is None else [common]
-        return cls._screened(str(Path(source).name), home, folders, shapes, [n for n in names if n] or None, rules)
+        names, kept = [n for n in names if n] or None, None
+        if inventory and (told := settings(rules, shapes, names)):
+            kept = Inventory(place(str(Path(source).resolve()), cache), told)
+        return cls._screened(str(Path(source).name), home, folders, shapes, names, rules, kept)
 
     @classmethod
     def _nano(cls, rules) -> Pool:
@@ -130,13 +161,12 @@ class Pool:
         return pool
 
     @classmethod
-    def _screened(cls, name, base, folders, shapes, names: Collection[str] | None, rules) -> Pool:
-        verdicts, room = [], KEPT_IN_MEMORY
-        for key, folder in folders.items():
-            verdict = screen(folder, shapes, names, rules, name=key)
-            room -= 4 * verdict.facts.get("parameters", 0) if verdict.accepted else 0
-            verdicts.append(verdict if room > 0 else replace(verdict, adapter=None))
-        return cls(name, base, verdicts, folders, shapes)
+    def _screened(cls, name, base, folders, shapes, names: Collection[str] | None, rules, kept=None) -> Pool:
+        keep = sum(map(weight, folders.values())) <= KEPT_IN_MEMORY
+        found = screen_all(folders, lambda key, folder: screen(folder, shapes, names, rules, name=key, keep=keep), kept)
+        pool = cls(name, base, found, folders, shapes)
+        pool._base_names = names
+        return pool
 
     def __len__(self) -> int:
         return len(self.names)
@@ -149,7 +179,8 @@ class Pool:
     def table(self) -> pd.DataFrame:
         """One row per adapter found, sorted by name; what is not known of a refused one is missing."""
         rows = [
-            {"name": v.name, "accepted": v.accepted, "rule": v.rule, "reason": v.reason, **v.facts}
+            {"name": v.name, "accepted": v.accepted, "rule": v.rule, "reason": v.reason}
+            | {fact: value for fact, value in v.facts.items() if value is not None}
             for v in self._verdicts.values()
         ]
         unknown = {"str": "", "float64": float("nan")}
@@ -161,13 +192,14 @@ class Pool:
         )
 
     def show(self, n: int | None = None) -> Shown:
-        """The table for a notebook, with everything that strangers wrote escaped."""
+        """The table for a notebook, without empty columns, and with everything that strangers wrote escaped."""
         refused = len(self._verdicts) - len(self)
         base = (
             Path(self.base).name if Path(self.base).is_absolute() else self.base
         )  # no folder of this machine in a notebook
         title = f"{self.name}: {len(self)} adapters accepted, {refused} refused; base {base or 'unknown'}"
-        return Shown(self.table if n is None else self.table.head(n), title)
+        table = self.table.loc[:, ~(self.table.isna() | (self.table == "").fillna(False)).all()]
+        return Shown(table if n is None else table.head(n), title)
 
     def adapter(self, name: str) -> Adapter:
         """An accepted adapter by name.
@@ -176,20 +208,58 @@ class Pool:
             SelectionError: no such name (near ones are given).
             AdapterError: it was refused (the reason is given), or its files have changed since.
         """
+        folder = self._folder(name)
+        if name not in self._kept:
+            return self._keep(Adapter.load(folder, name, shapes=self.shapes))
+        return self._kept[name]
+
+    def source(self, name: str) -> Source:
+        """An accepted adapter to be read module by module; raises as `adapter`."""
+        source = Source(self._folder(name), name, shapes=self.shapes)
+        source.base = self._written
+        return source
+
+    @property
+    def held(self) -> bool:
+        """Whether all accepted adapters fit into memory together, so that each is read once."""
+        return self._bytes(self.names) <= KEPT_IN_MEMORY
+
+    def _folder(self, name: str) -> Path:
         if name not in self._verdicts:
-            near = difflib.get_close_matches(str(name), self._verdicts, 3, 0.5)
-            hint = f"did you mean {', '.join(near)}?" if near else "pool.names lists them"
-            raise SelectionError(f"no adapter {name!r} in pool {self.name!r}; {hint}")
+            raise self._unknown(name)
         verdict = self._verdicts[name]
         if not verdict.accepted:
             raise AdapterError(f"{name} was refused by the rule {verdict.rule!r}: {verdict.reason}")
-        if name not in self._kept:
-            return self._keep(Adapter.load(self._folders[name], name, shapes=self.shapes))
-        return self._kept[name]
+        return self._folders[name]
+
+    def _bytes(self, names: Iterable[str]) -> int:
+        """What the factors of accepted adapters take in memory, fp32."""
+        return sum(4 * self._verdicts[name].facts.get("parameters", 0) for name in names if name in self._verdicts)
 
     def refused(self) -> dict[str, str]:
         """Name → reason, of the adapters that were found and may not be used."""
         return {name: v.reason for name, v in self._verdicts.items() if not v.accepted}
+
+    def explain(self, name: str, rules: Sequence[str | Rule] | None = None) -> list[Checked]:
+        """What each screening rule says of one adapter, in the order in which they are asked (`screen.explain`).
+
+        Raises:
+            SelectionError: no such name.
+            AdapterError: its files are not here.
+        """
+        if name not in self._folders:
+            raise (
+                AdapterError(f"{name}: {self._verdicts[name].reason}")
+                if name in self._verdicts
+                else self._unknown(name)
+            )
+        candidate = Candidate(self._folders[name], name, self.shapes, self._base_names)
+        return explain(candidate, rules=rules)
+
+    def _unknown(self, name: str) -> SelectionError:
+        near = difflib.get_close_matches(str(name), self._verdicts, 3, 0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "pool.names lists them"
+        return SelectionError(f"no adapter {name!r} in pool {self.name!r}; {hint}")
 
     def _keep(self, adapter: Adapter) -> Adapter:
         adapter = replace(adapter, base=self._written)
@@ -199,8 +269,12 @@ class Pool:
             self._room -= size
         return adapter
 
-    def stack(self, names: Sequence[str] | None = None) -> Stack:
+    def stack(self, names: Sequence[str] | None = None, *, lazy: bool | None = None) -> Stack:
         """The named adapters, in the order given, as a stack; None takes all that were accepted.
+
+        Args:
+            lazy: True leaves the factors in the files, where each module is read whenever it is asked for; None does so
+                for more than 8 GiB of them.
 
         Raises:
             SelectionError: nothing to stack, an unknown name, or one given twice.
@@ -212,7 +286,9 @@ class Pool:
         if not chosen:
             none = f"all {len(self._verdicts)} adapters of pool {self.name!r} were refused; pool.table says why"
             raise SelectionError(none if names is None else "the selection is empty: name at least one adapter")
-        return Stack.of([self.adapter(name) for name in chosen])
+        if lazy is None:
+            lazy = self._bytes(chosen) > STACKED_IN_MEMORY
+        return Stack.of([self.source(name) if lazy else self.adapter(name) for name in chosen])
 
     def select(self, how: str, k: int, *, task=None, base=None, seed: int = 0, skip: int = 0, target=None) -> Stack:
         """k adapters chosen by a method of `select.SELECTIONS`, best first, as a stack.
@@ -233,7 +309,8 @@ class Pool:
     @cached_property
     def digest(self) -> str:
         """Content hash (sha256, hex) over the accepted adapters in the order of their names."""
-        return hashlib.sha256("".join(self.adapter(name).digest() for name in self.names).encode()).hexdigest()
+        found = [self._verdicts[name].facts.get("digest") or self.adapter(name).digest() for name in self.names]
+        return hashlib.sha256("".join(found).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -250,48 +327,6 @@ class Shown:
 
     def __repr__(self) -> str:
         return f"{self.title}\n{self.table.to_string(index=False)}"
-
-
-def find_adapters(folder: Path) -> dict[str, Path]:
-    """Name → folder of every adapter directly in a folder, or one level deeper as author/name; sorted by name.
-
-    Raises:
-        AdapterError: no such folder, no adapter in it, or it is one adapter itself.
-    """
-    if not folder.is_dir():
-        raise AdapterError(
-            f"{folder}: expected a folder of adapter folders, found {'a file' if folder.exists() else 'nothing'}"
-        )
-    if _looks_like_adapter(folder):
-        raise AdapterError(f"{folder} is itself one adapter; open the folder above it, or read it with Adapter.load")
-    found = {}
-    for child in _folders(folder):
-        if _looks_like_adapter(child):
-            found[_encodable(child.name)] = child
-        else:
-            deeper = [deep for deep in _folders(child) if _looks_like_adapter(deep)]
-            found |= {_encodable(f"{child.name}/{deep.name}"): deep for deep in deeper}
-    if not found:
-        raise AdapterError(f"{folder} holds no adapter: expected folders with {CONFIG} and {WEIGHTS} in them")
-    return dict(sorted(found.items()))
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
-
-
-def _encodable(name: str) -> str:
-    """A file system's name may hold bytes that are no text."""
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
-def _looks_like_adapter(folder: Path) -> bool:
-    return any(child.name == CONFIG or child.name.startswith("adapter_model.") for child in folder.iterdir())
-
-
-def _named_base(folder: Path) -> str:
-    """The base that an adapter's configuration names, '' where it cannot be read."""
-    return screen(folder, rules=(), until="config").facts.get("base", "")
 
 
 def _stored_shapes(base: Path) -> dict[str, tuple[int, int]]:

@@ -29,8 +29,9 @@ from workbench.base import Base, check_fits
 from workbench.closeness import MEASURES, check_target, closeness, diversify
 from workbench.compose import grouped
 from workbench.errors import SelectionError, TaskError
-from workbench.evaluate import encode_task, score
-from workbench.stack import Stack, cosine
+from workbench.evaluate import encode_task
+from workbench.judging import judged
+from workbench.stack import cosine
 from workbench.tasks import Task
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def rank_by_closeness(
 ) -> list[str]:
     """Every accepted adapter, the closest to the target first (`closeness.closeness`); ties to six decimals by name.
 
-    The pool is taken in chunks, so that it need not fit into memory.
+    The pool is taken in chunks, and one that does not fit into memory module by module.
 
     Raises:
         SelectionError: no accepted adapter, or what `closeness` raises.
@@ -189,8 +190,12 @@ def rank_by_closeness(
     _check_pool(pool)
     check_target(target, how)
     found: dict[str, float] = {}
-    for chunk in _chunks(pool, _budget(torch.device(device))):
-        stack = Stack.of([pool.adapter(name) for name in chunk]).to(device)
+    whole, budget = None if pool.held else pool.stack(lazy=True), _budget(torch.device(device))
+    if whole:  # of a chunk one module is held at a time
+        widths = [sum(shape) for shape in whole.shapes().values()]
+        budget = budget * sum(widths) // max(widths)
+    for chunk in _chunks(pool, budget):
+        stack = (whole.choose(chunk) if whole else pool.stack(chunk)).to(device)
         if target.modules.keys() & stack.modules.keys():
             found |= zip(chunk, closeness(stack, target, how, mean=mean).tolist(), strict=True)
     if not found:
@@ -244,7 +249,8 @@ def train_target(pool: Pool, task: Task, base: Base, *, seed: int = 0) -> Adapte
 
 
 def _examples_key(task: Task, base: Base) -> tuple:
-    return (task.instruction, task.template, task.max_new_tokens, task.train, str(base.device), str(base.dtype))
+    asked = (task.instruction, task.template, task.max_new_tokens, task.metric, task.choices)
+    return (*asked, task.train, str(base.device), str(base.dtype))
 
 
 def _check_pool(pool: Pool) -> None:
@@ -253,18 +259,8 @@ def _check_pool(pool: Pool) -> None:
 
 
 def _cosines(pool: Pool, names: list[str], device: torch.device) -> Tensor:
-    """(N, N) cosines of the adapters named, all modules pooled, from Gram matrices of two chunks at a time.
-
-    A pool that does not fit into memory is read once per chunk.
-    """
-    inner, place = torch.zeros(len(names), len(names)), {name: i for i, name in enumerate(names)}
-    chunks = _chunks(pool, _budget(device) // 2)
-    for i, first in enumerate(chunks):
-        for second in chunks[i:]:
-            both = [*first, *second] if second is not first else first
-            rows = torch.tensor([place[name] for name in both])
-            inner[rows[:, None], rows] = Stack.of([pool.adapter(name) for name in both]).to(device).gram().cpu()
-    return cosine(inner)
+    """(N, N) cosines of the adapters named, all modules pooled; a pool that does not fit into memory is read once."""
+    return cosine(pool.stack(names, lazy=not pool.held).to(device).gram().cpu())
 
 
 def _budget(device: torch.device) -> int:
@@ -285,7 +281,8 @@ def _score_all(pool: Pool, task: Task, base: Base) -> pd.DataFrame:
             updates = grouped(adapters, base.device)
             if len(chunks) == 1:
                 held[tuple(chunk)] = updates
-        result = score(base, [examples] * len(chunk), updates)
+        n = len(chunk)
+        result = judged(base, [task] * n, [task.train] * n, [examples] * n, updates)
         rows += zip(chunk, result.accuracy.tolist(), result.loss.mean(1).tolist(), strict=True)
     rows.sort(key=lambda row: (-row[1], round(row[2], 6), row[0]))
     return pd.DataFrame(rows, columns=["name", "accuracy", "loss"])

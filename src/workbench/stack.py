@@ -10,6 +10,7 @@ factors: no ΔW is formed.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,9 +19,11 @@ from torch import Tensor
 
 from workbench.adapters import Adapter, Factors
 from workbench.errors import AdapterError, MergeError, SelectionError
+from workbench.source import Slot, Source
 
 __all__ = ["CANONICAL", "Stack", "Units", "canonical", "cosine", "factored_svd", "gram"]
 
+BLOCK = 4096  # units
 CANONICAL = ("raw", "balanced", "svd", "outer")
 
 
@@ -89,13 +92,16 @@ class Stack:
     """Module → `Units`, over the adapters `names` (owner indexes into them); `infos` is what each says of itself."""
 
     names: tuple[str, ...]
-    modules: dict[str, Units]
+    modules: Mapping[str, Units]
     base: str = ""
     infos: tuple[Mapping, ...] = ()
 
     @classmethod
-    def of(cls, adapters: Sequence[Adapter]) -> Stack:
+    def of(cls, adapters: Sequence[Adapter] | Sequence[Source]) -> Stack:
         """Stack adapters of any mix of ranks and targets.
+
+        Of `Source`s the stack is lazy: a module's factors are read whenever it is asked for (`workbench.lazy`), so that a
+        loop over modules holds one of them at a time, however many there are.
 
         Raises:
             SelectionError: no adapters, or two of one name.
@@ -105,43 +111,37 @@ class Stack:
         if not adapters:
             raise SelectionError("the selection is empty: a stack needs at least one adapter")
         names = tuple(adapter.name for adapter in adapters)
-        twice = sorted({name for name in names if names.count(name) > 1})
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
         if twice:
             raise SelectionError(f"adapter names must differ; given more than once: {', '.join(twice)}")
         bases = {adapter.base: adapter.name for adapter in reversed(adapters) if adapter.base}
         if len(bases) > 1:
             said = "; ".join(f"{name} is of {base!r}" for base, name in bases.items())
             raise AdapterError(f"adapters of different bases cannot be stacked: {said}")
-        parts: dict[str, list[tuple[int, Factors]]] = {}
+        found: dict[str, list[tuple[int, Factors | Slot]]] = {}
         for index, adapter in enumerate(adapters):
             for module, factors in adapter.modules.items():
-                parts.setdefault(module, []).append((index, factors))
-        modules = {}
-        for module in sorted(parts, key=_natural):
-            first_index, first = parts[module][0]
-            for index, factors in parts[module]:
-                got, want = (factors.B.shape[0], factors.A.shape[1]), (first.B.shape[0], first.A.shape[1])
-                if got != want:
-                    raise AdapterError(
-                        f"{names[index]}: {module} is {got[0]}×{got[1]}, but {want[0]}×{want[1]} in {names[first_index]}; "
-                        "they are of different bases"
-                    )
-                if factors.embedding != first.embedding:
-                    raise AdapterError(
-                        f"{module} is an embedding in one of {names[index]} and {names[first_index]} and a linear layer in the "
-                        "other; they are of different bases"
-                    )
-            owner = [torch.full((f.rank,), i) for i, f in parts[module]]
-            scale = [torch.full((f.rank,), float(f.scale)) for _, f in parts[module]]
-            modules[module] = Units(
-                torch.cat([f.B for _, f in parts[module]], 1),
-                torch.cat([f.A for _, f in parts[module]]),
-                torch.cat(owner).to(first.A.device),
-                torch.cat(scale).to(first.A.device),
-                module,
-                first.embedding,
-            )
+                found.setdefault(module, []).append((index, factors))
+        parts = {module: found[module] for module in sorted(found, key=_natural)}
+        for module, part in parts.items():
+            _check_same(module, part, names)
+        if isinstance(adapters[0], Source):
+            from workbench.lazy import Files
+
+            modules: Mapping[str, Units] = Files(adapters, parts)
+        else:
+            modules = {module: _together(module, part) for module, part in parts.items()}
         return cls(names, modules, next(iter(bases), ""), tuple(adapter.info for adapter in adapters))
+
+    @property
+    def lazy(self) -> bool:
+        """Whether a module is read from the adapters' files each time it is asked for."""
+        return not isinstance(self.modules, dict)
+
+    @property
+    def outline(self) -> Mapping[str, Units]:
+        """The modules for whoever asks for ranks, owners and shapes only: nothing is read, and A and B may be meta tensors."""
+        return self.modules.outline if self.lazy else self.modules
 
     def __len__(self) -> int:
         return len(self.names)
@@ -151,7 +151,7 @@ class Stack:
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.modules.values())).A.device
+        return next(iter(self.outline.values())).owner.device
 
     @property
     def config(self) -> dict:
@@ -162,7 +162,7 @@ class Stack:
         return out | ({"task_type": kinds.pop()} if len(kinds) == 1 else {})
 
     def to(self, device: str | torch.device) -> Stack:
-        return replace(self, modules={module: units.to(device) for module, units in self})
+        return replace(self, modules=self.modules.to(device) if self.lazy else {m: u.to(device) for m, u in self})
 
     def index(self, which: str | int) -> int:
         """The place of an adapter, given its name or its place.
@@ -179,6 +179,8 @@ class Stack:
     def adapter(self, which: int | str) -> Adapter:
         """One adapter out of the stack again."""
         i = self.index(which)
+        if self.lazy:
+            return self.modules.adapter(i, self.base)
         modules = {}
         for module, units in self:
             own = units.of(i)
@@ -188,17 +190,21 @@ class Stack:
         return Adapter(self.names[i], modules, self.base, dict(self.infos[i]) if self.infos else {})
 
     def choose(self, which: Sequence[str | int]) -> Stack:
-        """The stack of some of the adapters, in the order given."""
+        """The stack of some of the adapters, in the order given; of a lazy stack a lazy one."""
         if not len(which):
             raise SelectionError("the selection is empty: choose at least one adapter")
+        if self.lazy:
+            return replace(
+                Stack.of([self.modules.source(self.index(w)) for w in which]).to(self.device), base=self.base
+            )
         return Stack.of([self.adapter(w) for w in which])
 
     def ranks(self) -> Tensor:
         """(N, M) rank of each adapter in each module; 0 where absent."""
-        return torch.stack([units.ranks(len(self)) for units in self.modules.values()], 1)
+        return torch.stack([units.ranks(len(self)) for units in self.outline.values()], 1)
 
     def shapes(self) -> dict[str, tuple[int, int]]:
-        return {module: units.shape for module, units in self}
+        return {module: units.shape for module, units in self.outline.items()}
 
     def gram(self) -> Tensor:
         """(N, N) of ⟨ΔW_i, ΔW_j⟩ summed over modules, fp32."""
@@ -239,11 +245,15 @@ class Stack:
 def gram(units: Units, n: int) -> Tensor:
     """(n, n) inner products ⟨ΔW_i, ΔW_j⟩ of one module: ⟨b a, b′ a′⟩ = ⟨b, b′⟩⟨a, a′⟩ summed over pairs of units.
 
-    Cost R² (d_out + d_in): never d_out × d_in per pair.
+    Cost R² (d_out + d_in): never d_out × d_in per pair. Held at a time: the products of `BLOCK` units with all R.
     """
-    products = (units.B.T @ units.B) * (units.A @ units.A.T)
-    out = products.new_zeros(n, products.shape[1]).index_add_(0, units.owner, products)
-    return products.new_zeros(n, n).index_add_(1, units.owner, out)
+    out = units.A.new_zeros(n, n)
+    for start in range(0, len(units), BLOCK):
+        some = units[start : start + BLOCK]
+        products = (units.B.T @ some.B) * (units.A @ some.A.T)
+        sums = products.new_zeros(n, products.shape[1]).index_add_(0, units.owner, products)
+        out.index_add_(1, some.owner, sums)
+    return out
 
 
 def cosine(inner: Tensor) -> Tensor:
@@ -303,6 +313,38 @@ def canonical(units: Units, form: str = "raw") -> Units:
     factor_a = torch.where(live, sign * size / norm_a.clamp_min(1e-38), 0.0)
     factor_b = torch.where(live, sign * size / norm_b.clamp_min(1e-38), 0.0)
     return replace(units, A=units.A * factor_a[:, None], B=units.B * factor_b)
+
+
+def _together(module: str, part: Sequence[tuple[int, Factors]]) -> Units:
+    """One module's factors of several adapters, each given with its place, side by side."""
+    first = part[0][1]
+    owner = [torch.full((f.rank,), i) for i, f in part]
+    scale = [torch.full((f.rank,), float(f.scale)) for _, f in part]
+    return Units(
+        torch.cat([f.B for _, f in part], 1),
+        torch.cat([f.A for _, f in part]),
+        torch.cat(owner).to(first.A.device),
+        torch.cat(scale).to(first.A.device),
+        module,
+        first.embedding,
+    )
+
+
+def _check_same(module: str, part: Sequence[tuple[int, Factors | Slot]], names: Sequence[str]) -> None:
+    """All adapters that have a module agree on what it is."""
+    first_index, first = part[0]
+    for index, factors in part:
+        if factors.shape != first.shape:
+            got, want = factors.shape, first.shape
+            raise AdapterError(
+                f"{names[index]}: {module} is {got[0]}×{got[1]}, but {want[0]}×{want[1]} in {names[first_index]}; "
+                "they are of different bases"
+            )
+        if factors.embedding != first.embedding:
+            raise AdapterError(
+                f"{module} is an embedding in one of {names[index]} and {names[first_index]} and a linear layer in the "
+                "other; they are of different bases"
+            )
 
 
 def _natural(module: str) -> list:

@@ -76,7 +76,7 @@ def knots_dare(
 
 
 def _core_notes(stack: Stack, weights: Tensor, options: dict) -> list[str]:
-    return lowered(stack, weights, max(map(len, stack.modules.values()))) if options["combine"] == "tsv" else []
+    return lowered(stack, weights, max(map(len, stack.outline.values()))) if options["combine"] == "tsv" else []
 
 
 @method(

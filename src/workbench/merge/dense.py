@@ -16,7 +16,7 @@ from workbench.compose import layer_shape, stores_transposed
 from workbench.errors import AdapterError, BaseError, MergeError
 from workbench.stack import factored_svd
 
-__all__ = ["Dense", "truncate"]
+__all__ = ["Dense", "cut", "truncate"]
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,7 @@ class Dense:
         """
         modules, error = {}, {}
         for module, delta in self.modules.items():
-            if rank is None:
-                modules[module], error[module] = _whole(delta), 0.0
-            else:
-                svd = torch.linalg.svd(delta, full_matrices=False)
-                modules[module], error[module] = _cut(svd, _checked(rank))
+            modules[module], error[module] = (_whole(delta), 0.0) if rank is None else cut(delta, rank)
             modules[module] = replace(modules[module], embedding=module in self.embeddings)
         return Adapter(self.name, modules, self.base, {**self.info, "error": error})
 
@@ -108,13 +104,23 @@ def truncate(adapter: Adapter, rank: int | Mapping[str, int]) -> Adapter:
     """
     modules, error = {}, {}
     for module, factors in adapter.modules.items():
-        q = _checked(rank[module] if isinstance(rank, Mapping) else rank)
-        if q >= factors.rank:
-            modules[module], error[module] = factors, 0.0
-        else:
-            cut, error[module] = _cut(factored_svd(factors.B, factors.A), q)
-            modules[module] = replace(cut, embedding=factors.embedding)
+        modules[module], error[module] = cut(factors, rank[module] if isinstance(rank, Mapping) else rank)
     return replace(adapter, modules=modules, info={**adapter.info, "error": error})
+
+
+def cut(update: Tensor | Factors, rank: int) -> tuple[Factors, float]:
+    """One module's update, dense or factored, cut to a rank by its SVD, and the share of the norm that is lost.
+
+    Raises:
+        MergeError: a rank that is not a whole number of at least 1.
+    """
+    rank = _checked(rank)
+    if isinstance(update, Tensor):
+        return _cut(torch.linalg.svd(update, full_matrices=False), rank)
+    if rank >= update.rank:
+        return update, 0.0
+    factors, error = _cut(factored_svd(update.B, update.A), rank)
+    return replace(factors, embedding=update.embedding), error
 
 
 def _checked(rank) -> int:
@@ -139,10 +145,16 @@ def _whole(delta: Tensor) -> Factors:
     return Factors(torch.eye(d_out, dtype=delta.dtype, device=delta.device), delta)
 
 
+def _is_plain(weight: Tensor, shape: tuple[int, int] | None) -> bool:
+    """Whether it is numbers of at least 16 bits, all here, one for each entry of the matrix: not quantised or offloaded."""
+    wide = weight.is_floating_point() and weight.dtype.itemsize > 1 and type(weight.data) is Tensor
+    return wide and not weight.is_meta and (shape is None or weight.numel() == shape[0] * shape[1])
+
+
 def _weight(found: Mapping[str, nn.Module], module: str, shape: tuple[int, int]) -> Tensor:
     layer = found[module]
     weight, expected = getattr(layer, "weight", None), layer_shape(layer)
-    if weight is None or not weight.is_floating_point():
+    if weight is None or not _is_plain(weight, expected):
         raise BaseError(
             f"{module} has no floating-point weight to add to; truncate the update to a rank and compose it instead"
         )

@@ -23,7 +23,7 @@ from torch import Tensor
 from workbench.adapters import Adapter, Factors
 from workbench.errors import MergeError
 from workbench.licences import gathered
-from workbench.merge.dense import Dense, truncate
+from workbench.merge.dense import Dense, cut
 from workbench.options import Count, Option, accepts, near, words
 from workbench.stack import Stack, Units
 
@@ -255,15 +255,19 @@ def merge(
         "report": _report(stack, each, refused),
         "notes": notes,
     }
-    found = {module: _run(chosen, stack, module, units, each, settings, scale, statistics) for module, units in stack}
-    if chosen.dense:
-        embeddings = frozenset(module for module, units in stack if units.embedding)
-        result = Dense(name, found, stack.base, info, embeddings)
-        return result if rank is None else result.truncate(rank)
-    result = Adapter(name, found, stack.base, info)
-    if rank is None and not chosen.truncates:
-        return result
-    return truncate(result, rank or {module: int(units.ranks(len(stack)).max()) for module, units in stack})
+    ranks = dict(zip(stack.modules, stack.ranks().amax(0).tolist(), strict=True))
+    found, error = {}, {}
+    for module, units in stack:  # cut here, so that one module's units and one whole result are held at a time
+        found[module] = _run(chosen, stack, module, units, each, settings, scale, statistics)
+        if rank is not None or (chosen.truncates and not chosen.dense):
+            found[module], error[module] = cut(found[module], rank or ranks[module])
+            found[module] = replace(found[module], embedding=units.embedding)
+    if error:
+        info["error"] = error
+    if chosen.dense and rank is None:
+        embeddings = frozenset(module for module, units in stack.outline.items() if units.embedding)
+        return Dense(name, found, stack.base, info, embeddings)
+    return Adapter(name, found, stack.base, info)
 
 
 merge.methods = methods

@@ -78,7 +78,7 @@ def iso_c(units: Units, weights: Tensor, *, divide: Literal["rank", "dimension"]
 
 def _cts_notes(stack: Stack, weights: Tensor, options: dict) -> list[str]:
     none, fewest = [], 0
-    for module, units in stack:
+    for module, units in stack.outline.items():
         ranks = _ranks(stack, units, weights)
         if ranks and not _split(min(sum(ranks), *units.shape), len(ranks), options["common"])[1]:
             none, fewest = [*none, module], min(fewest or len(ranks), len(ranks))
@@ -159,7 +159,7 @@ def polar(x: Tensor) -> Tensor:
 def lowered(stack: Stack, weights: Tensor, asked: int | None) -> list[str]:
     """Where `tsv` cannot keep the triplets asked for (None: all), in words."""
     fewer, one = [], []
-    for module, units in stack:
+    for module, units in stack.outline.items():
         room = min(units.shape)
         ranks = _ranks(stack, units, weights)
         if not ranks:
