@@ -3,7 +3,10 @@
 with HubServer(folder) as hub:
     hub.url                                     # for HF_ENDPOINT
     hub.trouble["author/name"] = "gated"        # or "corrupt", "corrupt-once", "busy-once", "gone"
+    hub.fail("author/name", "get", "cut")       # one answer of a kind goes wrong in one of the ways in FAULTS
+    hub.ranges, hub.elsewhere = False, True     # ranges are ignored; large files lie on another host
     hub.requests                                # what was asked: "GET /author/name/resolve/…"
+    hub.log                                     # the same with time, range and the bytes of content that were sent
     hub.writers["hf_secret"] = {"me"}           # a token, and the owners that it may write to; uploads need one
     hub.commits                                 # what was pushed: repository, message, parent, files added and deleted
 """
@@ -15,8 +18,11 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 import tempfile
 import threading
+import time
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlencode, urlsplit
@@ -30,7 +36,50 @@ lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple
 openmdw-1.1 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license
 fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma unknown
 other"""  # those that the Hub accepts, as its own error message lists them
+KINDS = ("list", "info", "revision", "tree", "head", "get")
+FAULTS = (
+    "429",  # with Retry-After, of `after` seconds or at that date
+    "416",  # the part asked for is beyond the end
+    "500",
+    "503",
+    "cut",  # the connection, after a third of the body
+    "short",  # a third of the body is missing, and Content-Length agrees
+    "long",  # more than the whole
+    "corrupt",  # another last byte, the same size
+    "garbage",  # other content altogether, the same size
+    "slow",  # in pieces, with pauses
+    "etag",  # another one
+    "no-etag",
+    "evil-etag",  # a path
+    "other-range",  # a part that was not asked for
+    "missing",  # 404 for a file that was listed
+    "vanished",  # 404 for the repository
+)
 LFS_FROM = 4096  # files of this size and larger have an LFS entry, as on the Hub (weights do, configurations do not)
+
+
+@dataclass
+class Fault:
+    """What goes wrong, the next `times` times that something of this kind is asked of a repository ("*": of any)."""
+
+    repo: str
+    kind: str
+    how: str
+    times: float = 1
+    name: str = ""  # of the file, '' for any
+    after: object = None  # Retry-After
+
+
+@dataclass
+class Request:
+    """One request: method, path, Range header, when it came, and how many bytes of content were sent."""
+
+    method: str
+    path: str
+    range: str = ""
+    time: float = field(default_factory=time.monotonic)
+    sent: int = 0
+    status: int = 0
 
 
 class HubServer:
@@ -40,12 +89,16 @@ class HubServer:
         self.folder, self.base, self.page = Path(folder), base, page
         self.bases: dict[str, str] = {}
         self.trouble: dict[str, str] = {}
-        self.requests: list[str] = []
+        self.faults: list[Fault] = []
+        self.log: list[Request] = []
+        self.ranges, self.elsewhere, self.slowness = True, False, 0.02  # seconds between the pieces of what is slow
+        self.facts: dict[str, dict] = {}  # repository → more of what its listing says
+        self._lock = threading.Lock()
         self.writers: dict[str, set[str]] = {}
         self.private: set[str] = set()
         self.commits: list[dict] = []
         self.stored: dict[str, bytes] = {}  # sha256 → a large file that was uploaded, whether or not a commit names it
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
 
     @property
@@ -60,6 +113,28 @@ class HubServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+    @property
+    def requests(self) -> list[str]:
+        return [f"{request.method} {request.path}" for request in self.log]
+
+    def asked(self, *words: str, method: str = "GET") -> list[Request]:
+        """The requests so far whose paths contain all the words."""
+        return [r for r in self.log if r.method == method and all(word in r.path for word in words)]
+
+    def fail(self, repo: str, kind: str, how: str, times: float = 1, name: str = "", after=None) -> None:
+        assert kind in KINDS
+        assert how in FAULTS
+        self.faults.append(Fault(repo, kind, how, times, name, after))
+
+    def fault(self, repo: str, kind: str, name: str = "") -> Fault | None:
+        """The next fault for such a request, which is then used up."""
+        with self._lock:
+            for each in self.faults:
+                if each.repo in ("*", repo) and each.kind == kind and each.name in ("", name) and each.times > 0:
+                    each.times -= 1
+                    return each
+        return None
 
     def repos(self) -> list[str]:
         """Ids, in an order that is not the alphabet's."""
@@ -80,7 +155,7 @@ class HubServer:
         """What `/api/models/{repo}` says."""
         siblings = []
         for name, data in self.files(repo).items():
-            entry = {"rfilename": name, "size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
+            entry = {"rfilename": name, "size": len(data), "blobId": git_hash(data)}
             if len(data) >= LFS_FROM:
                 entry["lfs"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "pointerSize": 130}
             siblings.append(entry)
@@ -95,11 +170,24 @@ class HubServer:
             "likes": 0,
             "tags": ["peft", f"base_model:adapter:{base}"],
             "siblings": siblings,
+            **self.facts.get(repo, {}),
         }
+
+
+def git_hash(data: bytes) -> str:
+    """The hash of a file's content in git, which is its ETag on the Hub where it is small."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # clients come and go
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
+    request_log: Request
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_) -> None:
@@ -117,8 +205,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         self._take()
 
+    def _note(self) -> None:
+        self.request_log = Request(self.command, self.path, self.headers.get("Range", ""))
+        self.hub.log.append(self.request_log)
+
     def _answer(self, *, body: bool) -> None:
-        self.hub.requests.append(f"{self.command} {self.path}")
+        self._note()
         url = urlsplit(self.path)
         parts = [unquote(part) for part in url.path.strip("/").split("/")]
         if self._token() and self._token() not in self.hub.writers:
@@ -127,26 +219,55 @@ class _Handler(BaseHTTPRequestHandler):
             self._api(parts[2:], parse_qs(url.query))
         elif len(parts) == 5 and parts[2] == "resolve":
             self._file("/".join(parts[:2]), parts[4], body)
+        elif len(parts) == 4 and parts[0] == "elsewhere":
+            self._content("/".join(parts[1:3]), parts[3], {"ETag": '"of-another-host"'})
         else:
             self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
 
+    def _fails(self, fault: Fault | None) -> bool:
+        """Answer with a fault that leaves nothing to be sent."""
+        if fault is None or fault.how not in ("416", "429", "500", "503", "missing", "vanished"):
+            return False
+        codes = {"missing": "EntryNotFound", "vanished": "RepoNotFound"}
+        if fault.how in codes:
+            self._send(404, b"", {"X-Error-Code": codes[fault.how]})
+        else:
+            self._send(int(fault.how), b"{}", {"Retry-After": str(fault.after)} if fault.after is not None else {})
+        return True
+
     def _api(self, parts: list[str], query: dict[str, list[str]]) -> None:
         if not parts:
-            self._listing(query)
+            if not self._fails(self.hub.fault("*", "list")):
+                self._listing(query)
             return
         repo = "/".join(parts[:2])
         hidden = repo in self.hub.private and not self._may_write(repo)
+        if self._fails(self.hub.fault(repo, parts[2] if parts[2:] else "info")):
+            return
         if repo not in self.hub.repos() or hidden or self.hub.trouble.get(repo) == "gone":
             self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        elif parts[2:3] == ["revision"] and parts[3] not in ("main", self.hub.commit(repo)):
+            self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         elif self.hub.trouble.get(repo) == "busy-once":
             del self.hub.trouble[repo]
             self._send(503, b"{}")
+        elif parts[2:3] == ["tree"]:
+            self._json([self._tree_entry(entry) for entry in self.hub.info(repo)["siblings"]])
         else:
             self._json(self.hub.info(repo))
+
+    @staticmethod
+    def _tree_entry(entry: dict) -> dict:
+        found = {"type": "file", "oid": entry["blobId"], "size": entry["size"], "path": entry["rfilename"]}
+        if "lfs" in entry:
+            lfs = entry["lfs"]
+            found["lfs"] = {"oid": lfs["sha256"], "size": lfs["size"], "pointerSize": lfs["pointerSize"]}
+        return found
 
     def _listing(self, query: dict[str, list[str]]) -> None:
         wanted = query.get("filter", [])
         infos = [info for info in map(self.hub.info, self.hub.repos()) if set(wanted) <= set(info["tags"])]
+        infos.sort(key=lambda info: -info["downloads"] if "sort" in query else 0)
         start = int(query.get("cursor", ["0"])[0])
         size = min(self.hub.page, int(query.get("limit", ["1000"])[0]))
         headers = {}
@@ -157,31 +278,87 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, repo: str, name: str, body: bool) -> None:
         trouble = self.hub.trouble.get(repo)
-        files = self.hub.files(repo) if repo in self.hub.repos() else {}
+        files = self.hub.files(repo) if repo in self.hub.repos() and trouble != "gone" else {}
+        hidden = repo in self.hub.private and not self._may_write(repo)
         if trouble == "gated":
             self._send(403, b"", {"X-Error-Code": "GatedRepo"})
-        elif name not in files:
-            self._send(404, b"", {"X-Error-Code": "EntryNotFound" if files else "RepoNotFound"})
+        elif name not in files or hidden:
+            self._send(404, b"", {"X-Error-Code": "EntryNotFound" if files and not hidden else "RepoNotFound"})
         else:
             data = files[name]
-            etag = hashlib.sha256(data).hexdigest()
-            if body and trouble in ("corrupt", "corrupt-once") and len(data) >= LFS_FROM:
-                data = data[:-1] + bytes([data[-1] ^ 1])  # the same size, another value
-                if trouble == "corrupt-once":
-                    del self.hub.trouble[repo]
-            headers = {"X-Repo-Commit": self.hub.commit(repo), "ETag": f'"{etag}"', "Accept-Ranges": "none"}
-            self._send(200, data, headers, body=body)
+            large = len(data) >= LFS_FROM
+            etag = hashlib.sha256(data).hexdigest() if large else git_hash(data)
+            headers = {"X-Repo-Commit": self.hub.commit(repo)}
+            if not (large and self.hub.elsewhere):
+                self._content(repo, name, headers | {"ETag": f'"{etag}"'})
+                return
+            headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data))}
+            if not self._fails(self.hub.fault(repo, "head", name) if not body else None):
+                where = self.hub.url.replace("127.0.0.1", "localhost")  # another host, to the client
+                self._send(302, b"", headers | {"Location": f"{where}/elsewhere/{repo}/{name}"})
+
+    def _content(self, repo: str, name: str, headers: dict[str, str]) -> None:
+        """A file's bytes, or a part of them, or what a fault makes of them."""
+        fault = self.hub.fault(repo, "get" if self.command == "GET" else "head", name)
+        if self._fails(fault):
+            return
+        how, data = fault.how if fault else "", self.hub.files(repo)[name]
+        trouble = self.hub.trouble.get(repo) if self.command == "GET" and len(data) >= LFS_FROM else None
+        if how == "corrupt" or trouble in ("corrupt", "corrupt-once"):
+            data = data[:-1] + bytes([data[-1] ^ 1])  # the same size, another value
+            if trouble == "corrupt-once":
+                del self.hub.trouble[repo]
+        elif how == "garbage":
+            data = b"x" * len(data)
+        elif how == "long":
+            data += b"more"
+        if how == "etag":
+            headers["ETag"] = f'"{hashlib.sha256(b"other").hexdigest()}"'
+        elif how == "no-etag":
+            del headers["ETag"]
+        elif how == "evil-etag":
+            headers["ETag"] = '"../../../../evil"'
+        status, size = 200, len(data)
+        headers["Accept-Ranges"] = "bytes" if self.hub.ranges else "none"
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if wanted and self.hub.ranges and self.headers.get("If-Range", headers.get("ETag")) == headers.get("ETag"):
+            start, stop = int(wanted[1]), min(int(wanted[2] or size - 1) + 1, size)
+            if start >= size:
+                self._send(416, b"", {"Content-Range": f"bytes */{size}"})
+                return
+            if how == "other-range":
+                start, stop = start + 1, stop
+            status, data = 206, data[start:stop]
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+        self._send(status, data, headers, how=how)
 
     def _json(self, value, headers: dict[str, str] | None = None) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
 
-    def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None, *, body: bool = True) -> None:
+    def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None, *, how: str = "") -> None:
+        self.request_log.status = status
+        shown = data[: len(data) * 2 // 3] if how == "short" else data
         self.send_response(status)
-        for key, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+        for key, value in {"Content-Length": str(len(shown)), **(headers or {})}.items():
             self.send_header(key, value)
         self.end_headers()
-        if body and self.command != "HEAD":
-            self.wfile.write(data)
+        if self.command == "HEAD":
+            return
+        pieces = [shown[: len(shown) // 3]] if how == "cut" else [shown]
+        if how == "slow":
+            step = max(1, len(shown) // 10)
+            pieces = [shown[i : i + step] for i in range(0, len(shown), step)]
+        for piece in pieces:
+            try:
+                self.wfile.write(piece)
+            except (BrokenPipeError, ConnectionResetError):  # the client has read enough
+                self.close_connection = True
+                return
+            self.request_log.sent += len(piece)
+            if how == "slow":
+                self.wfile.flush()
+                time.sleep(self.hub.slowness)
+        self.close_connection = self.close_connection or how == "cut"
 
     # Uploads: create a repository, ask how each file is to be sent, send the large ones, commit -------------------
 
@@ -205,7 +382,7 @@ class _Handler(BaseHTTPRequestHandler):
         return data
 
     def _take(self) -> None:
-        self.hub.requests.append(f"{self.command} {self.path}")
+        self._note()
         data = self._body()
         parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
         if self.command == "PUT" and parts[0] == "large":

@@ -37,7 +37,7 @@ def repos(tmp_path, base):
 @pytest.fixture
 def server(repos, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "PAUSE", 0.0)
+    monkeypatch.setattr("workbench.hub.client.PAUSE", 0.0)
     with HubServer(repos, BASE) as running:
         running.bases[BASE] = ""
         monkeypatch.setenv("HF_ENDPOINT", running.url)
@@ -165,7 +165,7 @@ def test_a_refused_configuration_spares_the_weights(server, repos, tmp_path):
 
 
 def test_too_large_a_file_is_not_downloaded(server, tmp_path, monkeypatch):
-    monkeypatch.setitem(hub._LIMITS, WEIGHTS, 20_000)
+    monkeypatch.setattr("workbench.rules.MAX_WEIGHTS", 20_000)
     pool = Pool.open(f"hub:{BASE}", cache=tmp_path / "cache")
     assert set(pool.table["rule"]) == {"", "weights-file"}
     refused = pool.table.loc[~pool.table["accepted"], "name"]
@@ -216,7 +216,7 @@ def test_no_adapters_and_no_hub(server, tmp_path, monkeypatch):
     with pytest.raises(AdapterError, match="nobody/none"):
         hub.fetch("nobody/none", cache=tmp_path / "cache")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's own attempts
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its own attempts
     with pytest.raises(WorkbenchError, match="could not be listed"):
         Pool.open(f"hub:{BASE}", cache=tmp_path / "cache")
 

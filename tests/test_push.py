@@ -12,9 +12,9 @@ import torch
 import workbench.adapters as adapters_under_test
 from helpers import hook_logits, peft_s_own_warnings, random_adapter, relative, some_ids, tiny_base
 from hub_server import HubServer
-from workbench import hub
 from workbench.adapters import CONFIG, WEIGHTS, Adapter
 from workbench.errors import AdapterError, MergeError
+from workbench.hub import client
 from workbench.merge import merge
 from workbench.pool import Pool
 from workbench.push import push
@@ -43,6 +43,7 @@ def server(tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's own attempts
+    monkeypatch.setattr(client, "PAUSE", 0.0)
     (tmp_path / "served").mkdir()
     with HubServer(tmp_path / "served") as running:
         running.writers[TOKEN] = {"me"}
@@ -252,12 +253,12 @@ def test_a_connection_that_fails_is_tried_again(server, monkeypatch):
 
     def call():
         tries.append(1)
-        if len(tries) < hub.TRIES:
+        if len(tries) < client.TRIES:
             raise library.ConnectError("no route")
         return "there"
 
-    assert hub.patiently(call) == "there"
-    assert len(tries) == hub.TRIES
+    assert client.patiently(call) == "there"
+    assert len(tries) == client.TRIES
 
 
 def test_nothing_is_left_on_this_machine(server, adapter, monkeypatch, tmp_path):

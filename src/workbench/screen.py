@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,30 +24,46 @@ from workbench.adapters import Adapter
 from workbench.card import printable
 from workbench.compose import layer_shape
 from workbench.errors import AdapterError, BaseError, SelectionError
+from workbench.header import read_header
 from workbench.keys import Layout, layout, locate
-from workbench.plain import CONFIG, WEIGHTS, scaling, show
-from workbench.rules import DEFAULT, RULES, STUDY, WIDTH
+from workbench.plain import CONFIG, WEIGHTS, scaling
+from workbench.rules import DEFAULT, RULES, STUDY, Rule
+from workbench.source import Source
 
 __all__ = [
     "DEFAULT",
     "REMOTE",
     "RULES",
+    "STAGES",
     "STUDY",
     "Candidate",
+    "Checked",
+    "Refused",
     "Verdict",
+    "applied",
     "base_shapes",
     "counts",
+    "explain",
     "read_header",
     "screen",
 ]
 
-MAX_HEADER = 2**24  # bytes
+STAGES = ("config", "header", "values")
 TARGET_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 REMOTE = {
     "gated": "Its author lets anyone download it",
     "fetch": "The Hub delivers it",
     "checksum": "The file is the one whose sha256 the Hub states",
+    "budget": "There is room for it on the disk, within the budget",
 }
+
+
+class Refused(AdapterError):
+    """An adapter that cannot be had, with the rule of `REMOTE` that it broke."""
+
+    def __init__(self, rule: str, message: str):
+        super().__init__(message)
+        self.rule = rule
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,14 @@ class Verdict:
 
 
 class Candidate:
-    """One adapter folder under inspection; each file is read when first asked for."""
+    """One adapter under inspection; each file is read when first asked for.
+
+    Rules ask it what there is and never the folder, so that they judge an adapter on the Hub by the same words
+    (`hub.distant.Distant`); `here` says that the folder holds the files, `refusal` why one could not be had.
+    """
+
+    here = True
+    refusal: Refused | None = None
 
     def __init__(
         self,
@@ -85,6 +107,15 @@ class Candidate:
         """Where every file must really lie: the folder, or in the Hub's cache the repository's, which holds the blobs."""
         folder = self.folder.resolve()
         return folder.parent.parent if folder.parent.name == "snapshots" else folder
+
+    @cached_property
+    def files(self) -> frozenset[str]:
+        """Names of the ordinary files directly in the folder."""
+        return frozenset(path.name for path in self.folder.iterdir() if path.is_file())
+
+    def size(self, name: str) -> int:
+        """A file's size in bytes."""
+        return (self.folder / name).stat().st_size
 
     @cached_property
     def config(self) -> dict:
@@ -118,65 +149,140 @@ class Candidate:
         return Adapter.load(self.folder, self.name, shapes=self.shapes)
 
     @cached_property
+    def source(self) -> Source:
+        """The weights, to be read module by module."""
+        return Source(self.folder, self.name, shapes=self.shapes)
+
+    @cached_property
+    def measured(self) -> tuple[float, str]:
+        """‖ΔW‖_F and the adapter's digest, from one pass over the weights, of which one module is held at a time."""
+        return self.source.measure()
+
+    @property
     def norm(self) -> float:
         """‖ΔW‖_F over all modules."""
-        return self.adapter.norm()
+        return self.measured[0]
 
 
-_STAGES = ("config", "header", "values")
+def applied(rules: Sequence[str | Rule] | None = None) -> list[Rule]:
+    """The rules that screening runs, in their order: built-in ones, and at each stage one's own after them.
+
+    Args:
+        rules: names of rules and `Rule` objects of one's own (None: `DEFAULT`; `STUDY` is the recycling study's set).
+            Rules that the reader needs run anyway.
+
+    Raises:
+        SelectionError: an unknown rule or stage, or a rule of one's own with a built-in one's name.
+    """
+    chosen = DEFAULT if rules is None else tuple(rules)
+    own = [r for r in chosen if isinstance(r, Rule)]
+    if unknown := [r for r in chosen if not isinstance(r, Rule) and r not in RULES]:
+        raise SelectionError(f"no screening rule {unknown[0]!r}; the rules are {', '.join(RULES)}")
+    for each in own:
+        if each.stage not in STAGES:
+            raise SelectionError(
+                f"rule {each.name!r} has the stage {each.stage!r}; expected one of {', '.join(STAGES)}"
+            )
+        if each.name in RULES and each is not RULES[each.name]:
+            raise SelectionError(f"there is a rule {each.name!r} already; give yours another name")
+    built_in = [r for r in RULES.values() if r.required or r.name in chosen or r in own]
+    return sorted(built_in + [r for r in own if r.name not in RULES], key=lambda r: STAGES.index(r.stage))
 
 
 def screen(
-    folder: str | Path,
+    folder: str | Path | Candidate,
     base_shapes: Mapping[str, tuple[int, int]] | None = None,
     base_names: Collection[str] | None = None,
-    rules: Sequence[str] | None = None,
+    rules: Sequence[str | Rule] | None = None,
     *,
     name: str | None = None,
     until: str = "values",
+    keep: bool = True,
 ) -> Verdict:
-    """Screen one adapter folder; never raises for what is in it.
+    """Screen one adapter; never raises for what is in it.
 
     Args:
+        folder: where it lies, or a `Candidate`, which knows shapes, names and its own name.
         base_shapes: module → (d_out, d_in) of the base's layers (`base_shapes`); None leaves the fit to the base unchecked.
         base_names: names that the configuration may give its base; None leaves them unchecked.
-        rules: names of the rules to apply (None: `DEFAULT`; `STUDY` is the recycling study's set). Rules that the
-            reader needs run anyway.
-        until: the last stage to run ("config" judges a folder whose weights were not fetched yet).
+        rules: which rules to apply (`applied`).
+        until: the last stage to run ("header" judges an adapter whose weights were not fetched yet).
+        keep: whether the verdict of an accepted adapter brings it along.
 
     Raises:
         SelectionError: an unknown rule.
     """
-    chosen = DEFAULT if rules is None else tuple(rules)
-    if unknown := [r for r in chosen if r not in RULES]:
-        raise SelectionError(f"no screening rule {unknown[0]!r}; the rules are {', '.join(RULES)}")
-    candidate = Candidate(folder, name, base_shapes, base_names)
+    candidate = folder if isinstance(folder, Candidate) else Candidate(folder, name, base_shapes, base_names)
     broken, reason = "", ""
-    for each in RULES.values():
-        if (each.required or each.name in chosen) and _STAGES.index(each.stage) <= _STAGES.index(until):
-            try:
-                reason = each.check(candidate)
-            except Exception as error:  # a stranger's file can be wrong in any way; it must not stop the others
-                reason = f"could not be checked ({type(error).__name__}: {str(error)[:100]})"
-            if reason:
-                broken = each.name
+    for each in applied(rules):
+        if STAGES.index(each.stage) <= STAGES.index(until):
+            broken, reason = _checked(each, candidate)
+            if broken:
                 break
-    sound = broken not in ("name", "symlink", "config-file", "config-json")
-    facts = _facts(candidate, until) if sound else {}
-    kept = candidate.adapter if not broken and until == "values" else None
-    return Verdict(candidate.name, not broken, broken, printable(reason), facts, kept)
+    facts = _facts(candidate, until) if isinstance(candidate.__dict__.get("config"), dict) else {}
+    kept = candidate.adapter if keep and not broken and until == "values" else None
+    return Verdict(printable(candidate.name), not broken, broken, printable(reason), facts, kept)
+
+
+def _checked(rule: Rule, candidate: Candidate) -> tuple[str, str]:
+    """The rule that a candidate broke, which is another where it could not be had, and why; ('', '') if it passes."""
+    try:
+        reason = rule.check(candidate)
+    except Exception as error:  # a stranger's file can be wrong in any way; it must not stop the others
+        reason = f"could not be checked ({type(error).__name__}: {str(error)[:100]})"
+    if candidate.refusal:  # which a rule may have taken for what it was looking for
+        return candidate.refusal.rule, str(candidate.refusal)
+    return (rule.name, reason) if reason else ("", "")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What one rule says of one adapter: "passed", "refused" with the reason, "off" or "not checked"."""
+
+    rule: Rule
+    state: str
+    reason: str = ""
+
+
+def explain(
+    folder: str | Path | Candidate,
+    base_shapes: Mapping[str, tuple[int, int]] | None = None,
+    base_names: Collection[str] | None = None,
+    rules: Sequence[str | Rule] | None = None,
+    *,
+    until: str = "values",
+) -> list[Checked]:
+    """What each rule says of one adapter, those that are not applied too ("off"). Arguments as in `screen`.
+
+    After the first that refuses, those that can be switched off are still asked; what a required one refused is not
+    looked at any further.
+    """
+    candidate = folder if isinstance(folder, Candidate) else Candidate(folder, None, base_shapes, base_names)
+    chosen = applied(rules)
+    every = sorted({r.name: r for r in (*RULES.values(), *chosen)}.values(), key=lambda r: STAGES.index(r.stage))
+    found, stopped = [], False
+    for each in every:
+        if each not in chosen:
+            found.append(Checked(each, "off"))
+        elif stopped or STAGES.index(each.stage) > STAGES.index(until):
+            found.append(Checked(each, "not checked"))
+        else:
+            broken, reason = _checked(each, candidate)
+            found.append(Checked(each, "refused" if broken else "passed", printable(reason)))
+            stopped = bool(broken) and (each.required or broken != each.name)
+    return found
 
 
 def _facts(c: Candidate, until: str) -> dict:
     """The table's columns, as far as the files tell them."""
     facts: dict = {
         "rslora": bool(c.config.get("use_rslora")),
-        "base": str(c.config.get("base_model_name_or_path") or ""),
+        "base": printable(str(c.config.get("base_model_name_or_path") or "")),
     }
-    path = c.folder / WEIGHTS
-    if until == "config" or not path.is_file():
+    unread = not c.here and "header" not in c.__dict__  # for a table nothing more is asked of the Hub
+    if until == "config" or unread or WEIGHTS not in c.files:
         return facts
-    facts["size"] = path.stat().st_size
+    facts["size"] = c.size(WEIGHTS)
     try:
         ranks = {m: pair["A"][0] for m, pair in c.pairs.items()}
         short = {module.rsplit(".", 1)[-1] for module in c.pairs}
@@ -191,52 +297,11 @@ def _facts(c: Candidate, until: str) -> dict:
         "modules": len(ranks),
         "targets": printable(",".join([t for t in TARGET_ORDER if t in short] + sorted(short - set(TARGET_ORDER)))),
     }
-    if "adapter" in c.__dict__:
+    if "measured" in c.__dict__:
         root = {m: math.sqrt(r) if facts["rslora"] else 1.0 for m, r in ranks.items()}
         ratios = Counter(round(scaling(c.config, m, r) / root[m], 6) for m, r in ranks.items())
-        facts |= {"norm": c.norm, "alpha_over_r": ratios.most_common(1)[0][0]}
+        facts |= {"norm": c.norm, "digest": c.measured[1], "alpha_over_r": ratios.most_common(1)[0][0]}
     return facts
-
-
-def read_header(path: str | Path) -> dict[str, dict]:
-    """The header of a safetensors file: tensor name → dtype, shape, data_offsets; checked against the file's size.
-
-    Raises:
-        AdapterError: the header is too large, is not JSON, or does not describe the file.
-    """
-    path = Path(path)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        first = file.read(8)
-        length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
-        if not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise AdapterError(
-                f"{path.name} has {size:,} bytes and claims a header of {length:,}; "
-                f"expected at most {MAX_HEADER:,}, within the file"
-            )
-        try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError) as error:
-            raise AdapterError(f"{path.name}: the header is not JSON ({str(error)[:100]})") from error
-    if not isinstance(header, dict):
-        raise AdapterError(f"{path.name}: the header holds a {type(header).__name__}, expected an object")
-    header.pop("__metadata__", None)
-    end = 0
-    for key, entry in header.items():
-        try:
-            (start, stop), shape = entry["data_offsets"], entry["shape"]
-            plain = all(isinstance(n, int) and n >= 0 for n in (start, stop, *shape)) and start <= stop
-            width = WIDTH.get(entry["dtype"])
-        except (KeyError, TypeError, ValueError):
-            plain, width = False, None
-        if not plain or (width and stop - start != width * math.prod(shape)):
-            raise AdapterError(f"{path.name}: the header's entry for {show(key)} is not sound: {show(entry)}")
-        end = max(end, stop)
-    if end != size - 8 - length:
-        raise AdapterError(
-            f"{path.name} is damaged: it has {size:,} bytes, its header says {end + 8 + length:,}; fetch it again"
-        )
-    return header
 
 
 def counts(table: pd.DataFrame) -> pd.DataFrame:
@@ -244,6 +309,7 @@ def counts(table: pd.DataFrame) -> pd.DataFrame:
     refused = table.loc[~table["accepted"], "rule"]
     found = Counter(refused)
     why = {name: each.why for name, each in RULES.items()} | REMOTE
+    why |= {name: "A rule of one's own" for name in sorted(set(found) - set(why))}
     rows = [(name, found[name], why[name]) for name in why if found[name]]
     return pd.DataFrame(rows, columns=["rule", "count", "why"]).sort_values(
         "count", ascending=False, kind="stable", ignore_index=True
@@ -266,7 +332,7 @@ def base_shapes(base: str, *, local_only: bool = True) -> dict[str, tuple[int, i
         with torch.device("meta"):
             kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
             model = kind.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+    except Exception as error:  # a configuration can be wrong in any way
         raise BaseError(f"no layer shapes could be had for the base {base}: {str(error)[:300]}") from error
     found = {module: layer_shape(layer) for module, layer in model.named_modules()}
     return {module: shape for module, shape in found.items() if shape}
