@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from helpers import comes_out, generate, hook_logits, peft_logits, relative, some_ids
 from workbench.adapt.gradient import Schedule
@@ -13,6 +14,7 @@ from workbench.adapters import Adapter
 from workbench.base import Base, check_fits
 from workbench.compose import grouped
 from workbench.evaluate import encode_task, evaluate, score
+from workbench.loading import choose_dtype
 from workbench.nano import forge as forging
 from workbench.nano import world
 from workbench.nano.forge import PRESETS, forge, plan_of, train_pool
@@ -136,6 +138,16 @@ bundled = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def base():
     return Base.load(BASE, device="cpu")
+
+
+@bundled
+def test_the_base_is_computed_with_in_fp32_on_any_device(made):
+    from transformers import AutoConfig
+
+    for folder in (BASE, made[0] / "base"):
+        assert choose_dtype(AutoConfig.from_pretrained(folder), "cuda", None) == torch.float32
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.bfloat16}  # noqa: SIM118
 
 
 @bundled

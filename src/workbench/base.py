@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from workbench.compose import layer_shape
+from workbench.compose import computes_on, layer_shape
 from workbench.errors import AdapterError, BaseError
+from workbench.loading import load_parts
+from workbench.prompts import turn_end
 
 __all__ = ["Base", "Batch", "check_fits"]
 
@@ -39,50 +39,92 @@ class Base:
     """Any language model of transformers, frozen, in evaluation mode, with its tokenizer.
 
     Causal models and encoder–decoders (T5) are scored and fitted alike; `decoder_start` tells them apart.
+
+    Args:
+        chat: whether prompts go through the tokenizer's chat template; None: where it has one.
+        max_length: how many tokens a prompt and its answer may hold together (an encoder: the prompt). Longer prompts are
+            then cut from the left, see `prompts.tokenise`; with None what the model cannot read is refused.
+
+    Raises:
+        BaseError: a chat asked for where there is no template, or a `max_length` beyond the model's positions.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, name: str = ""):
+    def __init__(
+        self, model: nn.Module, tokenizer, name: str = "", *, chat: bool | None = None, max_length: int | None = None
+    ):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
+        template = bool(getattr(tokenizer, "chat_template", None))
+        if chat and not template:
+            raise BaseError(f"{name}: chat=True, but its tokenizer has no chat template; leave chat out")
+        self.chat = template if chat is None else bool(chat)
+        if max_length is not None and not 0 < max_length <= (self.positions or max_length):
+            most = f" to {self.positions}, all that the model has positions for" if self.positions else ""
+            raise BaseError(f"{name}: max_length is {max_length}, expected 1{most}")
+        self.max_length = max_length
 
     @classmethod
     def load(
-        cls, path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+        device_map: str | Mapping | None = None,
+        quantise: str | None = None,
+        revision: str | None = None,
+        chat: bool | None = None,
+        max_length: int | None = None,
     ) -> Base:
-        """Load a folder or a Hub id; device None takes a GPU where there is one. No remote code is run.
+        """Load a folder or a Hub id, from safetensors. No code that comes with it is run.
+
+        Args:
+            device: None takes a GPU where there is one.
+            dtype: a torch.dtype; "auto", the checkpoint's own; or None: fp32 on a processor, on a GPU the checkpoint's own
+                type, bf16 for both half types.
+            device_map: instead of a device, where transformers puts each part ("auto", or module path → device); needs
+                accelerate.
+            quantise: "4bit" (NF4) or "8bit" by bitsandbytes. Everything that composes updates works on it; what adds to
+                the weights themselves (`Dense.applied`) does not.
+            revision: a branch, tag or commit on the Hub.
+            chat, max_length: see `Base`.
 
         Raises:
-            BaseError: the model or its tokenizer cannot be loaded.
+            BaseError: the model or its tokenizer cannot be loaded, or not without running code that comes with it.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        except (OSError, KeyError, ValueError) as error:
-            raise BaseError(f"no base model could be loaded from {path}: {error}") from error
-        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        try:
-            with _no_bars():
-                model = kind.from_pretrained(path, dtype=dtype, trust_remote_code=False).to(device)
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        except (OSError, KeyError, ValueError, SafetensorError) as error:
-            raise BaseError(f"no base model could be loaded from {path}: {error}") from error
-        return cls(model, tokenizer, str(path))
+        parts = load_parts(
+            path, device=device, dtype=dtype, device_map=device_map, quantise=quantise, revision=revision
+        )
+        return cls(*parts, str(path), chat=chat, max_length=max_length)
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where batches go: the first device that computes, of a model spread over several."""
+        return computes_on(self.model) or torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        """The type that it computes in: that of its first weights which are numbers of at least 16 bits."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
+
+    @cached_property
+    def positions(self) -> int | None:
+        """How many tokens a row may hold; None: the model sets no limit (T5's positions are relative)."""
+        config = self.model.config
+        if hasattr(config, "relative_attention_num_buckets"):
+            return None
+        for name in ("max_position_embeddings", "n_positions"):
+            for source in (config, config.get_text_config()):
+                if isinstance(most := getattr(source, name, None), int):
+                    return most
+        most = getattr(self.tokenizer, "model_max_length", None)
+        return most if most and most < 10**9 else None  # a tokenizer that knows none says 10³⁰
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """All token ids that end a generation, the tokenizer's own first."""
-        ids = [self.tokenizer.eos_token_id]
+        """All token ids that end a generation: the chat template's end of a turn first, then the tokenizer's own."""
+        ids = [turn_end(self) if self.chat else None, self.tokenizer.eos_token_id]
         for source in (self.model.generation_config.eos_token_id, self.model.config.eos_token_id):
             ids += source if isinstance(source, list) else [source]
         found = tuple(dict.fromkeys(i for i in ids if i is not None))
@@ -131,9 +173,22 @@ class Base:
 
     @cached_property
     def digest(self) -> str:
-        """Content hash of the weights (sha256, hex), as held; what a stored result is keyed by."""
+        """Content hash of the weights (sha256, hex), as held; what a stored result is keyed by.
+
+        A chat template in use, or a `max_length`, counts too.
+
+        Raises:
+            BaseError: weights that are not all held, or not as plain tensors.
+        """
         total = hashlib.sha256()
+        if self.chat or self.max_length:
+            total.update(f"{self.tokenizer.chat_template if self.chat else ''}|{self.max_length}|".encode())
         for name, tensor in sorted(self.model.state_dict().items()):
+            if tensor.is_meta or type(tensor.data) is not Tensor:
+                raise BaseError(
+                    f"{self.name} has no digest: {name} is {'offloaded' if tensor.is_meta else type(tensor.data).__name__}; "
+                    "load it whole, on one device"
+                )
             total.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
             total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return total.hexdigest()
@@ -154,20 +209,6 @@ class Base:
             input_ids=batch.ids, attention_mask=batch.mask, decoder_input_ids=batch.decoder, use_cache=False
         ).logits
         return logits[:, -batch.keep :]
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without transformers' progress bars, which would stay in a notebook's stored output."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def check_fits(adapter, layers: Mapping[str, tuple[int, int]]) -> None:

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import chain
 from numbers import Integral
 from typing import ClassVar
 
@@ -55,6 +56,12 @@ class LowRank:
     def groups(self) -> int:
         """How many groups of rows it tells apart (1: all rows alike)."""
         return max(self.B.shape[0] if self.B.ndim == 3 else 1, 1 if self.c is None else self.c.shape[0])
+
+    def to(self, device: torch.device) -> LowRank:
+        """The same on a device; itself where it is there already."""
+        held = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        moved = {name: tensor.to(device) for name, tensor in held.items() if tensor.device != device}
+        return replace(self, **moved) if moved else self
 
     def apply(self, x: Tensor, y: Tensor) -> Tensor:
         """y + ((x Aᵀ) ∘ c) Bᵀ for x (rows, …, d_in), y (rows, …, d_out); in place on y where no gradient is taken.
@@ -217,7 +224,7 @@ def compose(model: nn.Module, updates: Mapping[str, LowRank]) -> Iterator[nn.Mod
     """Add the updates to the named modules' outputs while the context is open; nothing is left behind, on an error too.
 
     Works on anything whose output is (rows, …, d_out) for an input (rows, …, d_in): Linear, Conv1D, quantised layers; and
-    on embeddings, whose input is tokens.
+    on embeddings, whose input is tokens. In a model that is spread over several devices each update goes to its layer's.
 
     Raises:
         BaseError: a module that the model does not have, or an embedding that computes something else.
@@ -246,7 +253,7 @@ def compose(model: nn.Module, updates: Mapping[str, LowRank]) -> Iterator[nn.Mod
                     raise MergeError(
                         f"{name} does not look the rows' tokens up, so {update.groups} groups cannot be told apart in it"
                     )
-            handles.append(layer.register_forward_hook(partial(_add, update)))
+            handles.append(layer.register_forward_hook(partial(_add, update.to(computes_on(layer) or update.B.device))))
         yield model
     finally:
         for handle in handles:
@@ -257,7 +264,22 @@ def _add(update: LowRank, layer: nn.Module, args: tuple, y: Tensor) -> Tensor:
     scale = getattr(layer, "embed_scale", None)  # some embeddings multiply what they look up
     if scale is not None:
         update = replace(update, B=update.B * scale)
-    return update.apply(args[0], y)
+    return update.apply(args[0].to(y.device), y)  # accelerate moves a layer's input behind the hook's back
+
+
+def computes_on(module: nn.Module) -> torch.device | None:
+    """Where a module, or the first part of a model, computes: where its tensors are, or where accelerate brings them to.
+
+    None: it holds no tensors.
+    """
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for one in (hook, *getattr(hook, "hooks", ())):
+            if (brought := getattr(one, "execution_device", None)) is not None:
+                return torch.device(brought)
+        for tensor in chain(part.parameters(recurse=False), part.buffers(recurse=False)):
+            return tensor.device
+    return None
 
 
 def _of_tokens(model: nn.Module, layer: nn.Embedding) -> bool:

@@ -186,6 +186,12 @@ def report_base(base: Base, preset: Preset, per_task: int = 100) -> dict[str, fl
     return {key: round(value, 4) for key, value in rows.items()}
 
 
+def _compute_in_fp32(config: Path) -> None:
+    """State in a saved configuration that its bf16 weights are to be computed with in fp32, on a GPU too."""
+    said = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps(said | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
+
+
 def forge(preset: Preset, out: Path, device: str = "cpu", *, workers: int = 1, say=print) -> dict:
     """Train base and pool and write them under `out`; returns the report that is also stored there as forge.json.
 
@@ -196,6 +202,7 @@ def forge(preset: Preset, out: Path, device: str = "cpu", *, workers: int = 1, s
         base, log = train_base(preset, device, workers=workers, say=say)
         base.model.to(torch.bfloat16).save_pretrained(out / "base")
         base.tokenizer.save_pretrained(out / "base")
+        _compute_in_fp32(out / "base" / "config.json")
     base = Base.load(out / "base", device=device)  # what is shipped, rounded to bf16, is what the pool is trained on
     base.name = f"workbench/{preset.name}-base"
     quick = preset.name == "tiny"

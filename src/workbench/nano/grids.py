@@ -50,7 +50,7 @@ def run_grids(
         claims: a folder in which processes that share the work note which jobs they have taken; empty it before a rerun.
         gathered: a folder with files that `gather` wrote; jobs whose rows are there are skipped, too.
     """
-    base = Base.load(Pool.open("nano").base, device=device, dtype=torch.float32)
+    base = Base.load(Pool.open("nano").base, device=device)
     places: dict[str, Workplace] = {}
     held = {grid: _held(grid, gathered) for grid in grids}
     todo = [job for job in jobs(grids) if _row_key(*job[1:]) not in held[job[0]]]

@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from workbench.adapt.fresh import PROJECTIONS, Plan
 from workbench.adapters import Adapter
 from workbench.base import Base
@@ -96,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("kind", choices=sorted(_SEEDS))
     parser.add_argument("folder", type=Path)
     args = parser.parse_args(argv)
-    base = Base.load(Pool.open("nano").base, device="cuda" if torch.cuda.is_available() else "cpu")
+    base = Base.load(Pool.open("nano").base)
     print(f"{len(make(args.kind, args.folder, base))} adapters in {args.folder}")
 
 
