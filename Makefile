@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "creating .venv with $$python; the first time takes some minutes"; \
 	  "$$python" -m venv --clear .venv; \
 	fi
-	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev,cluster]'
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev,cluster,tasks]'
 	@touch $@
 
 demo: $(STAMP)

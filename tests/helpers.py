@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import random
 import warnings
 from collections import Counter
@@ -386,3 +387,16 @@ def six_adapters(base: Base, folder: Path) -> Pool:
         targets = ["q_proj", "v_proj"] if i == 2 else None
         random_adapter(base, (2, 5, 3, 4, 1, 3)[i], i, targets, name=f"n{i}", size=0.08).save(folder / f"n{i}")
     return Pool.open(folder)
+
+
+def published(name: str) -> Path:
+    """The folder of a published data set ("bbh", "recycling"), which is not ours to ship; the test is skipped without it.
+
+    WORKBENCH_DATA names the folder that holds them; by default ../shared/data beside the repository.
+    """
+    import pytest
+
+    folder = Path(os.environ.get("WORKBENCH_DATA") or Path(__file__).parents[2] / "shared" / "data") / name
+    if not folder.is_dir():
+        pytest.skip(f"{name} is not on this machine; WORKBENCH_DATA names the folder that holds it")
+    return folder

@@ -174,7 +174,7 @@ def test_make_takes_a_newer_python_where_python3_is_old_and_installs_once(bare):
     calls = [line for line in (bare / "calls").read_text().splitlines() if " -m " in line]
     assert calls == [
         "python3.12 -m venv --clear .venv",
-        "python -m pip install --quiet -c constraints.txt -e .[dev,cluster]",
+        "python -m pip install --quiet -c constraints.txt -e .[dev,cluster,tasks]",
     ]
     assert (bare / ".venv" / "installed").exists()
     make_env(bare)

@@ -34,10 +34,12 @@ from workbench.adapters import Adapter
 from workbench.base import Base
 from workbench.compose import grouped
 from workbench.controls import random_like
-from workbench.evaluate import Encoded, score
+from workbench.evaluate import Encoded
+from workbench.judging import judged
 from workbench.options import Option, Range
 from workbench.select import rank_adapters
 from workbench.stack import Stack
+from workbench.tasks import Task
 
 if TYPE_CHECKING:
     from workbench.runs import Case, Outcome, Workplace
@@ -157,7 +159,7 @@ def _single(place: Workplace, options: Mapping, cases: Sequence[Case]) -> list[O
         if case.seed not in stand_ins:
             stand_ins[case.seed] = random_like(pool.stack(), seed=case.seed)
         stack = stand_ins[case.seed]
-        best = _best_of(place.base, stack, place.encoded(case, "train"))
+        best = _best_of(place.base, stack, case.task, place.encoded(case, "train"))
         picked.append((stack.adapter(best), stack.names[best]))
     outcomes = place.scored(cases, [adapter for adapter, _ in picked])
     for outcome, case, (_, name) in zip(outcomes, cases, picked, strict=True):
@@ -167,12 +169,13 @@ def _single(place: Workplace, options: Mapping, cases: Sequence[Case]) -> list[O
     return outcomes
 
 
-def _best_of(base: Base, stack: Stack, rows: Sequence[Encoded]) -> int:
-    """The place of the adapter of best accuracy on some examples (ties: lower loss, then the name), sixteen in a pass."""
+def _best_of(base: Base, stack: Stack, task: Task, rows: Sequence[Encoded]) -> int:
+    """The place of the adapter of best accuracy on training examples (ties: lower loss, then the name), sixteen in a pass."""
     scores = []
     for start in range(0, len(stack), 16):
         some = [stack.adapter(i) for i in range(start, min(start + 16, len(stack)))]
-        result = score(base, [rows] * len(some), grouped(some, base.device))
+        n, updates = len(some), grouped(some, base.device)
+        result = judged(base, [task] * n, [task.train] * n, [rows] * n, updates)
         scores += zip((-result.accuracy).tolist(), result.loss.mean(1).tolist(), strict=True)
     return min(range(len(stack)), key=lambda i: (*scores[i], stack.names[i]))
 

@@ -1,4 +1,4 @@
-"""Loss and exact match on examples, for one model or for many candidates in one pass, with the tokens spent.
+"""Loss and matches on examples, for one model or for many candidates in one pass, with the tokens spent.
 
 Exact match needs no generation: under greedy decoding the target's token ids come out exactly when each of them, and a
 stop token behind them where the target is shorter than the limit, is the arg-max under teacher forcing.
@@ -22,6 +22,7 @@ from workbench.adapters import Adapter
 from workbench.base import Base, Batch
 from workbench.compose import LowRank, compose, grouped, slice_groups
 from workbench.errors import MergeError, TaskError
+from workbench.prompts import Prompt, tokenise
 from workbench.tasks import Example, Task
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "evaluate_many",
     "row_losses",
     "score",
+    "word",
 ]
 
 
@@ -56,7 +58,9 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Scores:
-    """loss (G, N): mean cross-entropy over answer tokens, nats; match (G, N): exact match; tokens: all that were fed."""
+    """loss (G, N): mean cross-entropy over answer tokens, nats; match (G, N): exact match, or what the task's metric says
+    (true or false, or fp32 shares between 0 and 1 where one gives partial credit); tokens: all that were fed.
+    """
 
     loss: Tensor
     match: Tensor
@@ -64,48 +68,70 @@ class Scores:
 
     @property
     def accuracy(self) -> Tensor:
-        """(G,) share of exact matches."""
+        """(G,) mean of the matches."""
         return self.match.float().mean(1)
 
 
-def encode(base: Base, prompt: str, target: str, limit: int = 64) -> Encoded:
+def encode(base: Base, prompt: Prompt, target: str, limit: int = 64) -> Encoded:
     """One prompt and target; see `encode_all`."""
     return encode_all(base, [prompt], [target], limit)[0]
 
 
-def encode_all(base: Base, prompts: Sequence[str], targets: Sequence[str], limit: int = 64) -> list[Encoded]:
-    """Tokenise prompts and, apart from them, their targets.
+def encode_all(base: Base, prompts: Sequence[Prompt], targets: Sequence[str], limit: int = 64) -> list[Encoded]:
+    """Tokenise prompts (`prompts.tokenise`) and, apart from them, their targets.
 
-    A stop token that the tokenizer puts behind every text (T5's) stays at an encoder's prompts, and goes where the answer
-    follows in the same row. An encoder–decoder's answers begin with what its tokenizer puts before every target (BART's
-    `<s>`), which counts towards the limit as it does in generation.
+    An encoder–decoder's answers begin with what its tokenizer puts before every target (BART's `<s>`), which counts
+    towards the limit as it does in generation. In a chat an answer ends as the assistant's turn does.
 
     Raises:
-        TaskError: an empty prompt or target, or characters in a target that the tokenizer does not know.
-        BaseError: an encoder–decoder whose configuration names no start token.
+        TaskError: an empty prompt or target, characters in a target that the tokenizer does not know, or more tokens than
+            the model can read.
+        BaseError: an encoder–decoder whose configuration names no start token, or a chat template that fails.
     """
-    tokenizer, eos, apart = base.tokenizer, base.tokenizer.eos_token_id, base.decoder_start is not None
-    if not len(prompts):  # tokenizers stumble over an empty list
+    tokenizer, apart = base.tokenizer, base.decoder_start is not None
+    pairs = list(zip(prompts, targets, strict=True))
+    if not pairs:  # tokenizers stumble over an empty list
         return []
-    out = []
-    heads = tokenizer(list(prompts), return_attention_mask=False)["input_ids"]
-    bodies = tokenizer(list(targets), add_special_tokens=False, return_attention_mask=False)["input_ids"]
-    ends = {eos, tokenizer.sep_token_id}
+    quiet = {"return_attention_mask": False, "verbose": False}
+    bodies = tokenizer(list(targets), add_special_tokens=False, **quiet)["input_ids"]
+    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id}
     opening = [i for i in tokenizer(text_target=[""])["input_ids"][0] if i not in ends] if apart else []
-    for prompt, target, head, body in zip(prompts, targets, heads, bodies, strict=True):
-        closed = eos is not None and head and head[-1] == eos and not prompt.endswith(tokenizer.eos_token)
-        bare = head[:-1] if closed else head
-        if not bare or not body:
-            what = "target" if bare else "prompt"
-            raise TaskError(f"nothing to score: the {what} of {prompt[-60:]!r} → {target!r} has no tokens")
+    answers = []
+    for target, body in zip(targets, bodies, strict=True):
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in body:
             raise TaskError(f"the tokenizer of {base.name} does not know every character of the target {target!r}")
-        body = opening + body
-        stop = [base.stop_ids[0]] if len(body) < limit else []
-        ends_early = bool(set(body) & set(base.stop_ids))  # decoding would end at a stop token inside
-        reachable = len(body) <= limit and not ends_early
-        out.append(Encoded(tuple(head if apart else bare), tuple(body + stop), reachable))
+        answers.append(opening + body + [base.stop_ids[0]] * (len(opening + body) < limit))
+        if apart and base.positions and len(answers[-1]) > base.positions:
+            raise TaskError(
+                f"{target[:60]!r}… is {len(answers[-1])} tokens, more than the {base.positions} that {base.name} can write"
+            )
+    # There must be room for any answer up to the limit: generation, which knows no target, reads the same prompt.
+    reserve = [max(limit, len(answer)) for answer in answers]
+    out = []
+    for (prompt, target), head, body, answer in zip(
+        pairs, tokenise(base, prompts, reserve), bodies, answers, strict=True
+    ):
+        said = set(head) - {tokenizer.eos_token_id}
+        if not said or not body:
+            what = "target" if said else "prompt"
+            raise TaskError(f"nothing to score: the {what} of {str(prompt)[-60:]!r} → {target!r} has no tokens")
+        written = opening + body
+        ends_early = bool(set(written) & set(base.stop_ids))  # decoding would end at a stop token inside
+        out.append(Encoded(tuple(head), tuple(answer), len(written) <= limit and not ends_early))
     return out
+
+
+def word(base: Base, task: Task, examples: Sequence[Example], *, shots: int = 0, seed: int = 0) -> list[Prompt]:
+    """A task's prompts as the base reads them, texts or a chat's turns; `shots` demonstrations as in `encode_task`.
+
+    Raises:
+        TaskError: more demonstrations than training examples.
+    """
+    if shots > len(task.train):
+        raise TaskError(f"{task.name}: {shots} demonstrations asked for, but only {len(task.train)} training examples")
+    rng = random.Random(f"{task.name}|shots|{seed}")
+    say = task.turns if base.chat else task.prompt
+    return [say(example, rng.sample(task.train, shots) if shots else ()) for example in examples]
 
 
 def encode_task(base: Base, task: Task, examples: Sequence[Example], *, shots: int = 0, seed: int = 0) -> list[Encoded]:
@@ -114,10 +140,7 @@ def encode_task(base: Base, task: Task, examples: Sequence[Example], *, shots: i
     Raises:
         TaskError: more demonstrations than training examples.
     """
-    if shots > len(task.train):
-        raise TaskError(f"{task.name}: {shots} demonstrations asked for, but only {len(task.train)} training examples")
-    rng = random.Random(f"{task.name}|shots|{seed}")
-    prompts = [task.prompt(e, rng.sample(task.train, shots) if shots else ()) for e in examples]
+    prompts = word(base, task, examples, shots=shots, seed=seed)
     return encode_all(base, prompts, [example.target for example in examples], task.max_new_tokens)
 
 
@@ -240,26 +263,32 @@ def evaluate(
     shots: int = 0,
     seed: int = 0,
 ) -> Scores:
-    """Score a task's split under updates of one or more groups (None: the base alone, zero-shot or in context)."""
-    examples = encode_task(base, task, getattr(task, split), shots=shots, seed=seed)
+    """Score a task's split by its metric, under updates of one or more groups (None: the base alone, zero-shot or in
+    context).
+    """
+    from workbench.judging import judged  # which stands above this module
+
+    examples = getattr(task, split)
+    rows = encode_task(base, task, examples, shots=shots, seed=seed)
     told = max((update.groups for update in (updates or {}).values()), default=1)
-    return score(base, [examples] * told, updates)
+    return judged(base, [task] * told, [examples] * told, [rows] * told, updates)
 
 
 def evaluate_many(
     base: Base, adapters: Sequence[Adapter], tasks: Sequence[Task], *, split: str = "test"
 ) -> pd.DataFrame:
-    """Exact match of every adapter (rows) on every task (columns), all in one grouped pass.
+    """Accuracy, by each task's metric, of every adapter (rows) on every task (columns), all adapters side by side.
 
     Raises:
         TaskError: tasks of unequal size.
     """
-    encoded = [encode_task(base, task, getattr(task, split)) for task in tasks]
-    if len({len(rows) for rows in encoded}) != 1:
-        raise TaskError(f"expected tasks of equally many {split} examples, got {[len(rows) for rows in encoded]}")
-    every = [row for rows in encoded for row in rows]
-    match = score(base, [every] * len(adapters), grouped(adapters, base.device)).match
-    share = match.view(len(adapters), len(tasks), -1).float().mean(2)
-    return pd.DataFrame(
-        share.numpy(), index=[adapter.name for adapter in adapters], columns=[task.name for task in tasks]
-    )
+    splits = [getattr(task, split) for task in tasks]
+    if len({len(examples) for examples in splits}) != 1:
+        raise TaskError(
+            f"expected tasks of equally many {split} examples, got {[len(examples) for examples in splits]}"
+        )
+    updates = grouped(adapters, base.device)
+    share = {}
+    for task in tasks:
+        share[task.name] = evaluate(base, task, updates, split=split).accuracy.numpy()
+    return pd.DataFrame(share, index=[adapter.name for adapter in adapters])

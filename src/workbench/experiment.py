@@ -179,10 +179,11 @@ def compare(
         say: called with a line of progress per recipe.
 
     Returns:
-        Columns: key, task, kind, operation, domain, format, recipe, method, select, k, skip, own, control, options, tune,
-        seed, n_train, accuracy and loss on the test split, train_loss, train_accuracy, validation_loss, scale (λ, tuned),
-        accuracy_unscaled (at λ = 1), tuned (the options chosen), rank, norm, stable_rank, parameters (trained numbers),
-        diverged, tokens_per_example, passes, tokens, seconds, chosen, and provenance. `stats.report` sums them up.
+        Columns: key, task, metric (by which accuracy is), kind, operation, domain, format, recipe, method, select, k, skip,
+        own, control, options, tune, seed, n_train, accuracy and loss on the test split, train_loss, train_accuracy,
+        validation_loss, scale (λ, tuned), accuracy_unscaled (at λ = 1), tuned (the options chosen), rank, norm, stable_rank,
+        parameters (trained numbers), diverged, tokens_per_example, passes, tokens, seconds, chosen, and provenance.
+        `stats.report` sums them up.
 
     Raises:
         TaskError: no tasks, or one that does not exist.
@@ -267,6 +268,7 @@ def _row(key: str, base: Base, pool: Pool, case: Case, recipe: Recipe, outcome: 
     return {
         "key": key,
         "task": task.name,
+        "metric": task.metric,
         "operation": labels.get("operation", task.name),  # intervals are clustered by it
         **{name: labels.get(name, "") for name in ("kind", "domain", "format")},
         "recipe": recipe.label,

@@ -20,6 +20,7 @@ from workbench.compose import LowRank, grouped
 from workbench.controls import BUT_OWN, SHUFFLED, random_like, shuffled
 from workbench.errors import MergeError
 from workbench.evaluate import Encoded, encode_task, score
+from workbench.judging import judged
 from workbench.merge import Dense, collect, merge, methods
 from workbench.nano import world
 from workbench.pool import Pool
@@ -186,7 +187,8 @@ class Workplace:
             if shots and split == "train":
                 continue  # the demonstrations come from there
             groups = [self.encoded(case, split, shots) for case in cases]
-            result = score(self.base, groups, updates)
+            tasks, splits = [case.task for case in cases], [getattr(case.task, split) for case in cases]
+            result = judged(self.base, tasks, splits, groups, updates)
             for row, accuracy, loss, encoded in zip(
                 facts, result.accuracy.tolist(), result.loss.mean(1).tolist(), groups, strict=True
             ):
