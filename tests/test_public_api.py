@@ -31,6 +31,7 @@ PUBLIC = [
     "evaluate",
     "merge",
     "stats",
+    "studies",
     "tasks",
 ]
 MODULES = sorted(m.name for m in pkgutil.walk_packages(wb.__path__, "workbench.") if not m.name.endswith("__main__"))
@@ -114,8 +115,9 @@ def test_every_error_on_purpose_is_a_value_error():
 
 
 def test_submodules_that_notebooks_name():
-    for module in (wb.controls, wb.stats, wb.tasks):
+    for module in (wb.controls, wb.stats, wb.studies, wb.tasks):
         assert isinstance(module, types.ModuleType)
     assert wb.tasks.load
     assert wb.controls.random_like
     assert wb.stats.bootstrap
+    assert wb.studies.recycling

@@ -1,6 +1,6 @@
 """workbench: find out whether other people's LoRA adapters are worth recycling."""
 
-from workbench import controls, stats, tasks
+from workbench import controls, stats, studies, tasks
 from workbench.adapt import adapt
 from workbench.adapters import Adapter, Factors
 from workbench.base import Base
@@ -29,5 +29,6 @@ __all__ = [
     "evaluate",
     "merge",
     "stats",
+    "studies",
     "tasks",
 ]

@@ -14,7 +14,7 @@ import pandas as pd
 
 from workbench.errors import WorkbenchError
 
-__all__ = ["bootstrap", "importance", "paired", "report"]
+__all__ = ["bootstrap", "holm", "importance", "paired", "report"]
 
 _WHAT = ("method", "select", "k", "options")  # what a recipe and its control have in common, and where there are any:
 _WHAT_MORE = ("skip", "own", "tune")
@@ -159,7 +159,7 @@ def report(
         found = bootstrap(pairs, group, "difference", **settings).drop(columns="clusters")
         parts = [part for _, part in pairs.groupby(group, sort=False, observed=True)]
         found["p"] = [_sign_flip(part, cluster, permutations, seed) for part in parts]
-        found["holm"] = _holm(found["p"])
+        found["holm"] = holm(found["p"])
         found = found.rename(columns={"mean": "difference"})
         out = out.merge(found.rename(columns=lambda c, n=name: c if c in group else f"{n}_{c}"), on=group, how="left")
         out[f"{name}_rows"] = out[f"{name}_rows"].fillna(0).astype(int)
@@ -227,7 +227,7 @@ def importance(
         )
     found = anova_lm(fit, typ=2).rename(index=terms | {"Residual": "residual"}).drop(index="C(block)", errors="ignore")
     out = found.rename(columns={"sum_sq": "sum_of_squares", "PR(>F)": "p"}).rename_axis("term").reset_index()
-    out["df"], out["holm"] = out["df"].astype(int), _holm(out["p"])
+    out["df"], out["holm"] = out["df"].astype(int), holm(out["p"])
     out["partial_eta2"] = out["sum_of_squares"] / (out["sum_of_squares"] + fit.ssr)
     out.loc[out["term"] == "residual", "partial_eta2"] = np.nan
     gain = out["df"] * (out["F"] - 1)
@@ -283,11 +283,10 @@ def _sign_flip(pairs: pd.DataFrame, cluster: str, permutations: int, seed: int) 
     return float(as_far.mean()) if exact else float((as_far.sum() + 1) / (permutations + 1))
 
 
-def _holm(p: pd.Series) -> pd.Series:
-    from statsmodels.stats.multitest import multipletests
-
-    known = p.dropna()
-    return pd.Series(multipletests(known, method="holm")[1] if len(known) else [], known.index, float).reindex(p.index)
+def holm(p: pd.Series) -> pd.Series:
+    """p adjusted over the whole series (Holm 1979); a missing one stays missing and counts for nothing."""
+    known = p.dropna().astype(float).sort_values(kind="stable")
+    return (known * np.arange(len(known), 0, -1)).cummax().clip(upper=1.0).reindex(p.index)
 
 
 def _text(value) -> str:
