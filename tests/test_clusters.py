@@ -13,11 +13,12 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import normalized_mutual_info_score
 
 from workbench.adapters import Adapter, Factors
+from workbench.canonical import CANONICAL, canonical
 from workbench.clusters import cluster_units, purity, sharing, unit_map
 from workbench.errors import MergeError, SelectionError
 from workbench.merge import merge
 from workbench.merge.lego import cluster, features
-from workbench.stack import CANONICAL, Stack, canonical
+from workbench.stack import Stack
 
 
 def stack(n=5, rank=3, seed=0, modules=("m", "n")):

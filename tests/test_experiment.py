@@ -546,3 +546,14 @@ def test_on_the_bundled_pool():
     accuracy = dict(zip(table["recipe"], table["accuracy"], strict=True))
     assert accuracy[recipe.label] > accuracy["zero-shot"] + 0.2
     assert accuracy[recipe.label] > accuracy[recipe.against().label] + 0.2
+
+
+def test_five_hundred_test_examples_or_all_there_are_where_none_are_asked_for(base, pool, tmp_path):
+    rows = [{"given": f"{i} cats", "said": str(i)} for i in range(40)]
+    (tmp_path / "few.json").write_text(json.dumps(rows))
+    (tmp_path / "few.yaml").write_text(
+        "name: few\nfile: few.json\ninstruction: count\ninput: '{given}'\ntarget: said\n"
+    )
+    sizes = {"n_train": 4, "n_validation": 2, "baselines": (Recipe("zero-shot"),), "control": ""}
+    table = compare(base, pool, ["nano/mirror-months", str(tmp_path / "few.yaml")], [], **sizes)
+    assert table.set_index("task")["n_test"].to_dict() == {"nano/mirror-months": 500, "few": 20}

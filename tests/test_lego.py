@@ -12,10 +12,11 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
 from workbench.adapters import Adapter, Factors
+from workbench.canonical import CANONICAL, canonical
 from workbench.errors import MergeError
 from workbench.merge import merge
 from workbench.merge.lego import cluster, features, inner_products
-from workbench.stack import CANONICAL, Stack, Units, canonical
+from workbench.stack import Stack, Units
 
 PLAIN = {"parameter_reweighting": False, "output_reweighting": False}
 

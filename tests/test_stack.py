@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from helpers import random_adapter, tiny_base
 from workbench.adapters import Adapter, Factors
+from workbench.canonical import CANONICAL, canonical
 from workbench.errors import AdapterError, MergeError, SelectionError
-from workbench.stack import CANONICAL, Stack, Units, canonical, cosine, factored_svd, gram
+from workbench.stack import Stack, Units, cosine, factored_svd, gram
 
 SHAPES = {"model.layers.10.q": (7, 5), "model.layers.9.q": (5, 9), "model.layers.9.down": (6, 6)}
 careful = settings(max_examples=25, deadline=None, derandomize=True)

@@ -124,8 +124,7 @@ def screen(
     from workbench.pool import Pool
 
     chosen, name = _rules(rules, without or ()), _id(source)
-    options = {"aliases": alias or (), "quantised": quantised, "limit": limit, "offline": offline or None}
-    options |= {"base": base, "cache": cache, "rules": chosen}
+    options = _asked(alias, quantised, limit, cache, offline) | {"base": base, "rules": chosen}
     with _failures():
         if name == source:
             found = Pool.open(source, base=base, cache=cache, rules=chosen)
@@ -158,10 +157,16 @@ def fetch(
     """
     from workbench.pool import Pool
 
-    options = {"aliases": alias or (), "quantised": quantised, "limit": limit, "offline": offline or None}
-    options |= {"cache": cache, "rules": _rules(rules, without or ()), "budget": _bytes(budget)}
+    options = _asked(alias, quantised, limit, cache, offline)
+    options |= {"rules": _rules(rules, without or ()), "budget": _bytes(budget)}
     with _failures():
         _screened(Pool.open(f"hub:{_id(base)}", **options).table, as_json)
+
+
+def _asked(alias, quantised: bool, limit: int | None, cache: Path | None, offline: bool) -> dict:
+    """The options that say which adapters are meant, as `hub.survey` takes them."""
+    where = {"aliases": alias or (), "quantised": quantised, "limit": limit}
+    return where | {"cache": cache, "offline": offline or None}
 
 
 def _screened(table: pd.DataFrame, as_json: bool) -> NoReturn:

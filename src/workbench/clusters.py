@@ -14,9 +14,10 @@ import pandas as pd
 import torch
 from scipy.special import gammaln
 
+from workbench.canonical import canonical
 from workbench.errors import MergeError, SelectionError
 from workbench.merge.lego import cluster, inner_products
-from workbench.stack import Stack, Units, canonical
+from workbench.stack import Stack, Units
 
 __all__ = ["cluster_units", "purity", "sharing", "unit_map"]
 

@@ -10,7 +10,7 @@ import difflib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from operator import index
 from pathlib import Path
 
@@ -144,6 +144,7 @@ class Recipe:
         return Recipe(self.method, **given)
 
 
+MOST_TESTED = 500  # examples, where nothing else is asked for
 ZERO_SHOT, NEW_ADAPTER = Recipe("zero-shot"), Recipe("new adapter")
 
 
@@ -156,7 +157,7 @@ def compare(
     seeds: Iterable[int] = (0,),
     n_train: int = 80,
     n_validation: int = 20,
-    n_test: int = 500,
+    n_test: int | None = None,
     control: str = "sigma",
     baselines: Sequence[Recipe] = (ZERO_SHOT, NEW_ADAPTER),
     results: str | Path | None = None,
@@ -170,6 +171,7 @@ def compare(
 
     Args:
         tasks: names for `workbench.tasks.load`, or tasks.
+        n_test: test examples of tasks given by name; None takes 500, or all of a task that has fewer.
         control: what the random controls are matched by (sigma, norm, spectrum) or another control of `Recipe`; "" leaves
             them out.
         baselines: recipes run beside; () leaves them out.
@@ -194,9 +196,7 @@ def compare(
     seeds, recipes = [index(seed) for seed in seeds], list(recipes)
     cases = [
         Case(
-            task
-            if isinstance(task, Task)
-            else load_task(task, seed=seed, n_train=n_train, n_validation=n_validation, n_test=n_test),
+            task if isinstance(task, Task) else _load(task, seed, n_test, n_train=n_train, n_validation=n_validation),
             seed,
         )
         for task in tasks
@@ -246,6 +246,11 @@ def _plain(value):
     """An option's value as one that hashes and reads alike wherever it came from: no list, no NumPy number."""
     value = value.tolist() if hasattr(value, "tolist") else value
     return tuple(_plain(one) for one in value) if isinstance(value, list | tuple) else value
+
+
+def _load(name: str, seed: int, n_test: int | None, **sizes) -> Task:
+    task = load_task(name, seed=seed, n_test=n_test, **sizes)
+    return task if n_test is not None else replace(task, test=task.test[:MOST_TESTED])
 
 
 def _key(base: Base, pool: Pool, case: Case, recipe: Recipe) -> str:

@@ -116,9 +116,8 @@ class Pool:
             from workbench import hub
 
             name = source.removeprefix("hub:")
-            return cls(
-                source, str(base or name), *hub.open_all(name, base=base, cache=cache, rules=rules, **hub_options)
-            )
+            seen = hub.survey(name, base=base, cache=cache, rules=rules, **hub_options)
+            return cls(source, str(base or name), seen.verdicts, seen.folders, seen.shapes)
         if hub_options:
             raise SelectionError(f"{', '.join(hub_options)}: for adapters on the Hub only; {source} is none of them")
         if isinstance(source, str) and source == "nano":

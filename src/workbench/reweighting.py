@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from workbench.adapters import Adapter
+from workbench.canonical import canonical as canonical_form
 from workbench.errors import MergeError
 from workbench.merge.lego import centroid, cluster, features
 from workbench.stack import Stack
-from workbench.stack import canonical as canonical_form
 
 __all__ = ["norm_decay", "variances"]
 

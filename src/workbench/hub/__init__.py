@@ -11,7 +11,7 @@ from workbench.hub.client import Patience, hub_api, patiently, said
 from workbench.hub.distant import Distant
 from workbench.hub.files import fetch
 from workbench.hub.listing import ALIASES, Repo, discover
-from workbench.hub.opening import Survey, explain_one, open_all, survey
+from workbench.hub.opening import Survey, explain_one, survey
 
 __all__ = [
     "ALIASES",
@@ -23,7 +23,6 @@ __all__ = [
     "explain_one",
     "fetch",
     "hub_api",
-    "open_all",
     "patiently",
     "said",
     "survey",

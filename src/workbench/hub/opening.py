@@ -20,6 +20,7 @@ from threading import Lock
 
 from workbench.card import printable
 from workbench.errors import AdapterError, BaseError, SelectionError
+from workbench.hub.bar import Bar
 from workbench.hub.client import Patience, ask, endpoint
 from workbench.hub.client import offline as told_offline
 from workbench.hub.distant import Distant
@@ -30,7 +31,7 @@ from workbench.plain import WEIGHTS
 from workbench.rules import Rule
 from workbench.screen import REMOTE, Candidate, Checked, Refused, Verdict, applied, explain, screen
 
-__all__ = ["Survey", "explain_one", "open_all", "survey"]
+__all__ = ["Survey", "explain_one", "survey"]
 
 THREADS = 8
 SAVE_EVERY = 1.0  # seconds between two writings of the inventory
@@ -46,15 +47,6 @@ class Survey:
     verdicts: list[Verdict]
     folders: dict[str, Path]
     shapes: dict[str, tuple[int, int]] | None
-
-
-def open_all(base_id: str, **options) -> tuple[list[Verdict], dict[str, Path], dict[str, tuple[int, int]] | None]:
-    """Verdicts, name → folder, and the base's layers (None where they could not be had), as a pool needs them.
-
-    Options and errors are those of `survey`.
-    """
-    found = survey(base_id, **options)
-    return found.verdicts, found.folders, found.shapes
 
 
 def survey(
@@ -92,7 +84,8 @@ def survey(
         AdapterError: the Hub cannot be reached, or lists no adapter of this base.
         SelectionError: an unknown rule.
     """
-    run, repos = _prepared(base_id, base, cache, rules, aliases, quantised, limit, progress, offline)
+    where = {"aliases": aliases, "quantised": quantised, "limit": limit, "offline": offline}
+    run, repos = _prepared(base_id, base=base, cache=cache, rules=rules, progress=progress, **where)
     verdicts = {repo.id: verdict for repo in repos if (verdict := run.known(repo)) is not None}
     new = [repo for repo in repos if repo.id not in verdicts]
     with run.saving():
@@ -106,34 +99,37 @@ def survey(
     return Survey(base_id, {repo.id: repo for repo in repos}, told, folders, run.shapes)
 
 
-def explain_one(
-    base_id: str,
-    name: str,
-    *,
-    base: str | Path | None = None,
-    cache: str | Path | None = None,
-    rules: Sequence[str | Rule] | None = None,
-    aliases: Sequence[str] = (),
-    quantised: bool = False,
-    limit: int | None = None,
-    offline: bool | None = None,
-) -> list[Checked]:
+def explain_one(base_id: str, name: str, *, rules: Sequence[str | Rule] | None = None, **where) -> list[Checked]:
     """What each rule says of one adapter on the Hub, as far as its configuration, its header and what is in the cache tell.
+
+    Args:
+        where: base, cache, aliases, quantised, limit and offline, as in `survey`.
 
     Raises:
         SelectionError: it is not among those that the Hub lists for the base.
         AdapterError: as `survey`.
     """
-    run, repos = _prepared(base_id, base, cache, rules, aliases, quantised, limit, False, offline)
+    run, repos = _prepared(base_id, rules=rules, **where)
     found = {repo.id: repo for repo in repos}
     if name not in found:
         near = ", ".join(difflib.get_close_matches(name, found, 3, 0.5))
         raise SelectionError(f"the Hub lists no {name!r} for {base_id}" + (f"; did you mean {near}?" if near else ""))
-    candidate = Distant(found[name], cache, run.shapes, run.patience)
+    candidate = Distant(found[name], run.cache, run.shapes, run.patience)
     return explain(candidate, rules=rules, until="values" if candidate.here else "header")
 
 
-def _prepared(base_id, base, cache, rules, aliases, quantised, limit, progress, offline) -> tuple[_Run, list[Repo]]:
+def _prepared(
+    base_id: str,
+    *,
+    base=None,
+    cache=None,
+    rules=None,
+    aliases=(),
+    quantised=False,
+    limit=None,
+    progress: bool | None = False,
+    offline=None,
+) -> tuple[_Run, list[Repo]]:
     """A run with the base's shapes and the inventory of earlier ones, and what there is to be looked at."""
     applied(rules)  # a wrong one is said before anything is asked
     run = _Run(cache, rules, Patience(told_offline() if offline is None else offline), progress)
@@ -207,7 +203,7 @@ class _Run:
             bar.step()
             return replace(verdict, reason=verdict.reason.removeprefix(f"{repo.id}: "))
 
-        with _Bar(what, len(repos), size, self.visible and bool(repos)) as bar, ThreadPoolExecutor(THREADS) as executor:
+        with Bar(what, len(repos), size, self.visible and bool(repos)) as bar, ThreadPoolExecutor(THREADS) as executor:
             self._told = bar.told
             futures = {repo.id: executor.submit(one, repo) for repo in repos}
             try:
@@ -266,38 +262,6 @@ class _Run:
         finally:
             with self._lock:
                 self._save()
-
-
-class _Bar:
-    """A bar over adapters, or over bytes where their number is known, with the time left; any thread may move it."""
-
-    def __init__(self, what: str, count: int, size: int, visible: bool):
-        from tqdm import tqdm
-
-        unit = {"unit": "B", "unit_scale": True, "unit_divisor": 1000} if size else {"unit": " adapters"}
-        self._bar = tqdm(total=size or count, desc=what, disable=not visible, leave=False, **unit)
-        self._size, self._count, self._done, self._lock = size, count, 0, Lock()
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.close()
-
-    def told(self, count: int) -> None:
-        """So many bytes have come."""
-        if self._size:
-            with self._lock:
-                self._bar.update(count)
-
-    def step(self) -> None:
-        """One adapter more is done."""
-        with self._lock:
-            self._done += 1
-            if self._size:
-                self._bar.set_postfix_str(f"{self._done} of {self._count} adapters")
-            else:
-                self._bar.update(1)
 
 
 def _refusal(repo: Repo, rule: str, reason: str) -> Verdict:

@@ -11,11 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from workbench.canonical import canonical as canonical_form
 from workbench.errors import MergeError
 from workbench.merge.registry import method
 from workbench.options import Count
 from workbench.stack import Stack, Units, factored_svd
-from workbench.stack import canonical as canonical_form
 
 __all__ = ["centroid", "cluster", "features", "inner_products", "lego"]
 
@@ -75,7 +75,7 @@ def lego(
         k: units of the result, at most the module's R units; None is the candidates' rank, where ranks differ the mean
             over the adapters that have the module, rounded. With k ≥ R nothing is clustered, so that duplicates stay
             apart, and with `output_reweighting` off the result is the plain sum.
-        canonical: the form of the units, see `workbench.stack.canonical`. With `outer` the distance is that of the
+        canonical: the form of the units, see `workbench.canonical.canonical`. With `outer` the distance is that of the
             matrices b a, ‖b a − b′ a′‖_F, and a centroid is the best rank-one approximation of its cluster's mean.
         parameter_reweighting: rescale each centroid [a ; b] (`outer`: the matrix b a) to the mean norm of its cluster.
         norm: the norm of that, Euclidean or the largest entry.

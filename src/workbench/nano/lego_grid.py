@@ -21,13 +21,13 @@ from pathlib import Path
 import pandas as pd
 
 from workbench.base import Base
+from workbench.canonical import CANONICAL
 from workbench.errors import WorkbenchError
 from workbench.merge import methods
 from workbench.nano import world
 from workbench.nano.lego_study import STUDIES, Examples, Job, needs
 from workbench.pool import Pool
 from workbench.results import provenance, run_key, write_parquet
-from workbench.stack import CANONICAL
 from workbench.tasks import load
 
 __all__ = ["SIZES", "Size", "gather", "jobs", "run"]

@@ -13,6 +13,7 @@ from workbench.adapt.fresh import Plan, train_fresh
 from workbench.adapt.gradient import Schedule
 from workbench.adapters import Adapter
 from workbench.base import Base
+from workbench.canonical import CANONICAL
 from workbench.controls import random_like
 from workbench.evaluate import encode_task
 from workbench.merge import merge, truncate
@@ -21,7 +22,7 @@ from workbench.multitask import Variant, multitask, score_at, tune
 from workbench.nano import world
 from workbench.pool import Pool
 from workbench.reweighting import norm_decay, variances
-from workbench.stack import CANONICAL, Stack
+from workbench.stack import Stack
 from workbench.tasks import Task, load
 
 __all__ = ["REWEIGHTINGS", "STUDIES", "Examples", "Job", "clusters", "draw", "needs", "parts_of"]

@@ -231,11 +231,9 @@ def _newcombe(first: pd.Series, second: pd.Series, n: pd.Series, level: float) -
 
 
 def _wilson(share: np.ndarray, n: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
-    from scipy.special import ndtri
+    from statsmodels.stats.proportion import proportion_confint
 
-    z = ndtri((1 + level) / 2)
-    centre, half = share + z**2 / (2 * n), z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
+    return proportion_confint(share * n, n, 1 - level, "wilson")
 
 
 def _fisher(first: pd.Series, second: pd.Series, n: pd.Series) -> np.ndarray:
