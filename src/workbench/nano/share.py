@@ -57,9 +57,8 @@ def once(work: Sequence[tuple[Path, Callable[[], object]]], claims: Path | None)
 
 def asks_for_rankings(recipe: Recipe) -> bool:
     """Whether a recipe's selection goes by accuracy on training examples."""
-    return recipe.select in ("evaluation", "diverse") or (
-        recipe.method == "best single" and "random" not in dict(recipe.options).values()
-    )
+    picks = recipe.method == "best single" and dict(recipe.options).get("among") != "random"
+    return picks or recipe.select in ("evaluation", "diverse")
 
 
 def asks_for_own(recipe: Recipe) -> bool:
@@ -90,7 +89,7 @@ def share_own(place: Workplace, cases: Sequence[Case], folder: Path, claims: Pat
     def train(path: Path, part: Sequence[Case]) -> None:
         for case, adapter in zip(part, place.own(part), strict=True):
             try:
-                adapter.save(_home(path, case), overwrite=True)
+                adapter.save(_home(path, case), overwrite=True)  # of this part alone: another may hold the same case
             except AdapterError:  # it diverged: whoever needs it trains it again, and finds the same
                 continue
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +102,7 @@ def share_own(place: Workplace, cases: Sequence[Case], folder: Path, claims: Pat
 
 
 def _home(path: Path, case: Case) -> Path:
-    return path.parent / f"{case.digest[:24]}-{case.seed}"
+    return path.with_suffix("") / f"{case.digest[:24]}-{case.seed}"
 
 
 def _chunks(cases: Sequence[Case], size: int, folder: Path, suffix: str) -> list[tuple[Path, list[Case]]]:
