@@ -14,7 +14,7 @@ FIGURES = Path(__file__).parents[1] / "figures"
 
 
 STORED = sorted(path.stem.removeprefix("grid_") for path in FIGURES.glob("grid_*.parquet"))
-WHOLE = ("merging", "random")  # of the others, whole jobs
+WHOLE = ("merging", "random", "findings", "relevance", "open")  # of the others, whole jobs
 
 
 @pytest.fixture(scope="module", params=[name for name in STORED if name in GRIDS])
@@ -23,7 +23,7 @@ def grid(request):
 
 
 def test_the_grids_that_notebooks_draw_are_stored():
-    assert {*WHOLE, "findings", "lego", "lorahub", "relevance"} <= set(STORED)
+    assert {*WHOLE, "lego", "lorahub"} <= set(STORED)
 
 
 def test_every_job_ran_on_every_task_and_seed(grid):

@@ -172,7 +172,7 @@ def design(n: int, seed: int = 0, space: Mapping[str, Sequence] = DESIGN) -> lis
 
 
 def _design() -> Iterator[Block]:
-    yield Block([NEW_ADAPTER, ZERO_SHOT, *_both(design(120))], _TASKS[::2], (0,), 80)
+    yield Block([NEW_ADAPTER, ZERO_SHOT, *_both(design(80))], _TASKS[::2], (0,), 80)
 
 
 def _open() -> Iterator[Block]:
@@ -180,11 +180,11 @@ def _open() -> Iterator[Block]:
     best = {"select": "evaluation", "k": 10}
     recipes = [
         *(NEW_ADAPTER, TUNED, Recipe("new adapter", steps=500)),
-        *_both([Recipe("prior", **best), Recipe("prior", **best, tune={"lr": _RATES["new"]})]),
+        *_both([Recipe("prior", **best)]),
         Recipe("prior", **best, fallback=False),
         *(Recipe("prior", **best, joint=True, merge_steps=steps) for steps in (0, 100)),
-        *(Recipe("prior", select=how, k=10) for how in ("cosine", "diverse")),
-        *(Recipe("ridge", **best, granularity=granularity) for granularity in ("expert", "layer")),
+        Recipe("prior", select="diverse", k=10),
+        Recipe("ridge", **best, granularity="expert"),
         Recipe("coefficients", **best, tune={"l2": [0.0, 0.01, 0.1, 1.0]}),
         Recipe("coefficients", **best, granularity="unit", tune={"sparsity": [0.0, 0.1, 1.0]}),
     ]
