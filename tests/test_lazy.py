@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import os
 import shutil
 import weakref
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import random_adapter, some_statistics, tiny_base, tiny_gpt2, write_peft
+from workbench import lazy as lazily
 from workbench import source
 from workbench.adapters import Adapter
 from workbench.closeness import MEASURES, closeness
@@ -21,7 +23,7 @@ from workbench.pool import Pool
 from workbench.select import rank_by_closeness
 from workbench.similarity import norm_profile, similarity
 from workbench.source import Source
-from workbench.stack import Stack, gram
+from workbench.stack import Stack
 
 WEIGHTS = "adapter_model.safetensors"
 RANKS = (2, 5, 3, 4)
@@ -52,8 +54,13 @@ def pool(folder):
 @pytest.fixture
 def reads(monkeypatch):
     """(adapter, module) of everything read from here on."""
-    found, read = [], Source.read
-    monkeypatch.setattr(Source, "read", lambda self, module: found.append((self.name, module)) or read(self, module))
+    found, copy = [], Source.copy
+
+    def watched(self, module, *into):
+        found.append((self.name, module))
+        return copy(self, module, *into)
+
+    monkeypatch.setattr(Source, "copy", watched)
     return found
 
 
@@ -102,6 +109,8 @@ def test_the_outline_reads_nothing(pool, reads):
         assert torch.equal(units.scale, eager.modules[module].scale)
         assert (len(units), units.shape) == (len(eager.modules[module]), eager.modules[module].shape)
         assert units.A.is_meta
+    total = int(eager.ranks().sum())
+    assert repr(lazy) == f"Stack(4 adapters, 14 modules, {total} units, rank 2–5, read from files, cpu)"
     assert reads == []
 
 
@@ -190,20 +199,26 @@ def test_closeness_is_the_same(pool, base, reads, how, monkeypatch):
 
 
 def test_one_module_is_in_memory_at_a_time(pool, monkeypatch):
-    alive, most, read = weakref.WeakSet(), [], Source.read
+    alive, most = [], []
 
-    def watched(self, module):
-        factors = read(self, module)
-        alive.add(factors)
-        most.append(len(alive))
-        return factors
+    def watched(read):
+        def wrapped(self, module):
+            found = read(self, module)
+            alive.append(weakref.ref(found.A if isinstance(found, source.Factors) else found[0]))
+            most.append(sum(each() is not None for each in alive))
+            return found
 
-    monkeypatch.setattr(Source, "read", watched)
-    monkeypatch.setattr(source.Factors, "__hash__", object.__hash__)
+        return wrapped
+
+    monkeypatch.setattr(lazily.Files, "_factors", watched(lazily.Files._factors))
+    monkeypatch.setattr(Source, "read", watched(Source.read))
     lazy = pool.stack(lazy=True)
     gc.collect()
     for _, units in lazy:
         del units
+    lazy.gram()
+    lazy.norms()
+    assert len(most) == 3 * 14
     assert max(most) <= 2
     most.clear()
     Source(pool._folders["a0"]).measure()
@@ -352,9 +367,93 @@ def test_stacks_check_sources_as_they_check_adapters(tmp_path, base):
         Stack.of(sources)
 
 
-def test_gram_matrices_in_blocks_of_units(pool, monkeypatch):
-    _, units = next(iter(pool.stack()))
-    whole = gram(units, 4)
-    monkeypatch.setattr("workbench.stack.BLOCK", 3)
-    torch.testing.assert_close(gram(units, 4), whole)
-    assert torch.equal(gram(units[:0], 4), torch.zeros(4, 4))
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float16"), ("bfloat16", "float32", "float64"), ("float64",)])
+def test_types_of_any_width_side_by_side(tmp_path, dtypes):
+    """Of an odd number of bytes over eight, so that what lies behind must be aligned."""
+    shapes = {"a.q_proj": (3, 5), "b.q_proj": (7, 1)}
+    adapters = [random_adapter(shapes, 1 + i, i, alpha=3, name=f"a{i}") for i in range(2 * len(dtypes))]
+    kinds = [getattr(torch, dtype) for dtype in dtypes] * 2
+    paths = [a.save(tmp_path / a.name, dtype=kind) for a, kind in zip(adapters, kinds, strict=True)]
+    eager = Stack.of([Adapter.load(path) for path in paths])
+    for module, units in Stack.of([Source(path) for path in paths]):
+        same(units, eager.modules[module])
+        assert (units.A.dtype, units.B.dtype) == (torch.float32, torch.float32)
+
+
+@pytest.mark.parametrize("threads", [2, 9])
+def test_as_many_threads_read_as_torch_has(pool, reads, threads):
+    eager, lazy = both(pool)
+    reads.clear()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for module, units in lazy:
+            same(units, eager.modules[module])
+    finally:
+        torch.set_num_threads(before)
+    assert len(reads) == len(set(reads)) == 14 * 3 + 6
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_a_stack_names_whose_values_are_not_finite(tmp_path, base, side, value):
+    paths = [random_adapter(base, 2, i, name=f"a{i}").save(tmp_path / f"a{i}", dtype=torch.bfloat16) for i in range(3)]
+    stored = load_file(paths[1] / WEIGHTS)
+    key = sorted(k for k in stored if f"lora_{side}" in k)[3]
+    stored[key][-1, -1] = value
+    save_file(stored, paths[1] / WEIGHTS)
+    module = key.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
+    stack = Stack.of([Source(path) for path in paths])
+    with pytest.raises(AdapterError, match=f"a1: {module} holds NaN or infinite values"):
+        stack.modules[module]
+    assert all(len(stack.modules[m]) == 6 for m in stack.modules if m != module)
+
+
+def test_large_values_are_finite(tmp_path):
+    """Their sum is not."""
+    adapter = random_adapter({"q_proj": (4, 6)}, 2)
+    f = adapter.modules["q_proj"]
+    adapter.modules["q_proj"] = source.Factors(f.B, torch.full_like(f.A, 3e38), f.scale)
+    (_, units), *_ = Stack.of([Source(adapter.save(tmp_path / "a"))])
+    assert float(units.A.min()) == float(torch.tensor(3e38))
+
+
+def test_a_stack_s_file_that_changed_or_went(tmp_path, base):
+    paths = [random_adapter(base, 2, i, name=f"a{i}").save(tmp_path / f"a{i}") for i in range(2)]
+    stack = Stack.of([Source(path) for path in paths])
+    module = next(iter(stack.modules))
+    before = (paths[1] / WEIGHTS).stat()
+    os.utime(paths[1] / WEIGHTS, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    with pytest.raises(AdapterError, match=r"a1: adapter_model\.safetensors has changed since it was opened"):
+        stack.modules[module]
+    (paths[1] / WEIGHTS).unlink()
+    with pytest.raises(AdapterError, match=r"a1: adapter_model.safetensors cannot be read any more"):
+        stack.modules[module]
+
+
+def test_a_file_given_out_in_pieces(pool, monkeypatch):
+    """The system may return fewer bytes than were asked for, or none at all."""
+    eager, lazy = both(pool)
+
+    class Slow:
+        def __init__(self, file):
+            self.file, self.fileno, self.seek = file, file.fileno, file.seek
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def readinto(self, view):
+            return self.file.readinto(view[: most[0]])
+
+    opened, most = type(pool._folders["a0"]).open, [7]
+    monkeypatch.setattr(
+        type(pool._folders["a0"]), "open", lambda self, *args, **kwargs: Slow(opened(self, *args, **kwargs))
+    )
+    for module, units in lazy:
+        same(units, eager.modules[module])
+    most[0] = 0
+    with pytest.raises(AdapterError, match=r"cannot be read any more \(it ends too early\)"):
+        next(iter(lazy))

@@ -116,6 +116,21 @@ def test_small_groups_rank_as_large_ones(pool, task, base, monkeypatch):
     assert alone["loss"].tolist() == pytest.approx(whole["loss"].tolist(), rel=1e-4)
 
 
+def test_a_pool_larger_than_memory_ranks_alike(pool, task, base, monkeypatch):
+    """Read module by module, and never an adapter as a whole."""
+    whole = rank_adapters(pool, task, base)
+    monkeypatch.setattr("workbench.pool.KEPT_IN_MEMORY", 0)
+    monkeypatch.setattr(Pool, "adapter", None)
+    large = Pool.open(pool._folders["n0"].parent)
+    assert rank_adapters(large, task, base).equals(whole)
+    chunks, built = select._chunks, []
+    monkeypatch.setattr(select, "_chunks", lambda pool, _: built.append(chunks(pool, 40_000)) or built[-1])
+    alone = rank_adapters(Pool.open(pool._folders["n0"].parent), task, base)
+    assert 1 < len(built[0]) < 7
+    assert alone["name"].tolist() == whole["name"].tolist()
+    assert alone["loss"].tolist() == pytest.approx(whole["loss"].tolist(), rel=1e-4)
+
+
 @given(st.integers(1, 400_000))
 def test_groups_hold_every_adapter_within_the_budget(pool, budget):
     chunks = select._chunks(pool, budget)

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import random_adapter, tiny_base
+from workbench import factored
 from workbench.adapters import Adapter, Factors
 from workbench.canonical import CANONICAL, canonical
+from workbench.compose import grouped
 from workbench.errors import AdapterError, MergeError, SelectionError
-from workbench.stack import Stack, Units, cosine, factored_svd, gram
+from workbench.stack import Stack, Units, cosine, factored_svd, gram, squares
 
 SHAPES = {"model.layers.10.q": (7, 5), "model.layers.9.q": (5, 9), "model.layers.9.down": (6, 6)}
 careful = settings(max_examples=25, deadline=None, derandomize=True)
@@ -149,6 +151,107 @@ def test_gram_norms_and_cosines_are_the_dense_ones():
     table = cosine(Stack.of([*adapters, silent]).gram())
     assert table[4].tolist() == [0, 0, 0, 0, 1]
     assert torch.isfinite(table).all()
+
+
+def ragged(seed, dtype=torch.float32):
+    """Units of 40 adapters of rank 0 to 6 of a 9×7 module, in no order; the last has none."""
+    g = torch.Generator().manual_seed(seed)
+    owner = torch.arange(40).repeat_interleave(torch.cat([torch.randint(0, 7, (39,), generator=g), torch.tensor([0])]))
+    owner = owner[torch.randperm(len(owner), generator=g)]
+    B, A = torch.randn(9, len(owner), generator=g), torch.randn(len(owner), 7, generator=g)
+    return Units(B.to(dtype), A.to(dtype), owner, torch.ones(len(owner)))
+
+
+def flat(units, n):
+    """ΔW of each adapter, float64 (n, d_out d_in), added up unit by unit."""
+    each = (units.B.double().T[:, :, None] * units.A.double()[:, None]).flatten(1)
+    return torch.zeros(n, each.shape[1], dtype=torch.float64).index_add_(0, units.owner, each)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", [1, 16, 37, 10_000])
+def test_gram_matrices_in_blocks_against_dense_ones(dtype, block, monkeypatch):
+    """Of half precision only the inputs: products, sums and outcome are fp32."""
+    monkeypatch.setattr("workbench.factored.BLOCK", block)
+    for seed in range(3):
+        some = ragged(seed, dtype)
+        want = flat(some, 40) @ flat(some, 40).T
+        got = gram(some, 40)
+        assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert float((got - want).abs().max() / want.abs().max()) < (1e-14 if dtype == torch.float64 else 1e-6)
+        assert torch.equal(got, got.T)
+        assert not got[39].any()
+    assert torch.equal(gram(some[:0], 4), torch.zeros(4, 4, dtype=got.dtype))
+
+
+def test_products_of_two_blocks_are_held_and_no_more(monkeypatch):
+    """Whatever the number of units."""
+    sizes, product = [], factored._product
+
+    def watched(x, y):
+        sizes.append((out := product(x, y)).numel())
+        return out
+
+    monkeypatch.setattr(factored, "_product", watched)
+    monkeypatch.setattr(factored, "BLOCK", 16)
+    some = ragged(0)
+    gram(some, 40)
+    blocks = -(-len(some) // 16)
+    assert max(sizes) == 16 * 16
+    assert len(sizes) == 2 * blocks * (blocks + 1) / 2
+
+
+@pytest.mark.parametrize("entries", [1, 300, 10**6])
+def test_squares_and_padded_factors_against_dense_ones(entries, monkeypatch):
+    monkeypatch.setattr(factored, "ENTRIES", entries)
+    for some in (ragged(0), ragged(1, torch.bfloat16), ragged(2)[:0]):
+        want = flat(some, 40)
+        found = squares(some, 40)
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found, want.square().sum(1), rtol=1e-10, atol=0)
+        B, A = some.padded(40)
+        assert (B.dtype, A.dtype) == (some.B.dtype, some.A.dtype)
+        r = int(some.ranks(40).max())
+        assert (B.shape, A.shape) == ((40, 9, r), (40, r, 7))
+        torch.testing.assert_close((B.double() @ A.double()).flatten(1), want)
+    huge = replace(ragged(0), A=ragged(0).A * 1e25)
+    torch.testing.assert_close(squares(huge, 40), flat(huge, 40).square().sum(1), rtol=1e-6, atol=0)
+
+
+def test_padded_factors_are_what_compose_groups():
+    adapters = few()
+    for module, update in grouped(adapters).items():
+        B, A = Stack.of(adapters).modules[module].padded(4)
+        assert torch.equal(B, update.B)
+        assert torch.equal(A, update.A)
+        assert B.is_contiguous()
+
+
+@pytest.mark.parametrize("most", [1, 3, 100])
+def test_blocks_of_adapters(most):
+    some = ragged(0)
+    left = {i: some.of(i) for i in some.owner.unique().tolist()}
+    for adapters, block in some.blocks(most):
+        assert len(adapters) <= most
+        assert torch.equal(block.owner, block.owner.sort().values)
+        for place, adapter in enumerate(adapters.tolist()):
+            assert torch.equal(block.of(place).A, left[adapter].A)
+            assert torch.equal(block.of(place).B, left.pop(adapter).B)
+    assert not left
+    assert list(some[:0].blocks(most)) == []
+
+
+def test_one_line_says_what_a_stack_is():
+    stack = Stack.of(few())
+    total = int(stack.ranks().sum())
+    assert repr(stack) == f"Stack(4 adapters, 3 modules, {total} units, rank 1–3, cpu)"
+    one = Stack.of([random_adapter({"q": (1500, 2)}, 1200, name="a")])
+    assert repr(one) == "Stack(1 adapter, 1 module, 1,200 units, rank 1200, cpu)"
+    units = one.modules["q"]
+    assert repr(units) == "Units(q, 1500×2, 1,200 units of 1 adapter, rank 1200, float32, cpu)"
+    bare = replace(units, module="", A=units.A.bfloat16(), B=units.B.bfloat16())[:0]
+    assert repr(bare) == "Units(1500×2, 0 units of 0 adapters, rank 0, bfloat16, cpu)"
+    assert "3 units of 1 adapter, rank 3," in repr(stack.modules["model.layers.9.q"].of(1))
 
 
 @pytest.mark.parametrize(("d_out", "rank", "d_in"), [(9, 3, 6), (6, 3, 9), (5, 5, 8), (5, 12, 8), (8, 7, 4), (6, 1, 6)])

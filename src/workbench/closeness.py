@@ -19,21 +19,20 @@ update of 0 has closeness 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from workbench.adapters import Adapter, Factors
 from workbench.errors import SelectionError
-from workbench.stack import Stack, Units, gram
+from workbench.factored import products
+from workbench.stack import Stack, Units
 
 __all__ = ["MEASURES", "check_target", "closeness", "diversify"]
 
 MEASURES = ("cosine", "clamp", "abs", "clamp_pm", "qfim")
 ELEMENTWISE = ("clamp", "abs", "qfim")  # those that need ΔW itself
-ENTRIES = 2**24  # of the dense matrices held at once; a module larger than that is taken one adapter at a time
+ENTRIES = 2**24  # of what is held of a few adapters at once, ΔW or factors; on a GPU 16 times that
 
 
 def closeness(stack: Stack, target: Adapter, how: str, *, mean: bool = False) -> Tensor:
@@ -137,18 +136,20 @@ def _units(factors: Factors | None, like: Units | None, device: torch.device) ->
 def _module(units: Units, target: Units, n: int, how: str) -> tuple[Tensor, Tensor, Tensor]:
     """Of one module, fp64: (n,) products with the target, (n,) squared norms, (1,) the target's squared norm."""
     inner, own = torch.zeros(2, n, dtype=torch.float64, device=units.A.device)
-    theirs = size = gram(_fp64(target), 1)[0].clamp_min(0)
+    goal_B, goal_A = _fp64(target, 1)
+    theirs = size = products(goal_B, goal_A)
     dense = how in ELEMENTWISE and (how == "qfim" or len(target) > 0)
     if dense:
-        goal = _deltas(target, size)
+        goal = _deltas(goal_B, goal_A, size)
         if how == "qfim":
             theirs = size**2 * _sum(goal.square_().square())
-    for adapters, block in _blocks(units):
-        count = len(adapters)
-        products = gram(_fp64(_beside(block, target, count)), count + 1)
-        norms, product = products.diagonal()[:count].clamp_min(0), products[:count, count]
+    held = math.prod(units.shape) if dense else sum(units.shape) * int(units.ranks(n).max())
+    room = ENTRIES * (16 if units.A.is_cuda else 1)
+    for adapters, block in units.blocks(max(1, room // max(1, held))):
+        B, A = _fp64(block, len(adapters))
+        norms, product = products(B, A), products(B, A, goal_B, goal_A)
         if dense:
-            deltas = _deltas(block, norms)
+            deltas = _deltas(B, A, norms)
             if how == "qfim":
                 fourth = _sum(deltas.square_().square())
                 product, norms = norms * size * _sum(deltas.mul_(goal)), norms**2 * fourth
@@ -159,38 +160,15 @@ def _module(units: Units, target: Units, n: int, how: str) -> tuple[Tensor, Tens
     return inner, own, theirs
 
 
-def _blocks(units: Units) -> Iterator[tuple[Tensor, Units]]:
-    """A few adapters at a time: their places in the stack, and their units, sorted, with owners counted from 0."""
-    order = units.owner.argsort(stable=True)
-    present, ranks = units.owner[order].unique_consecutive(return_counts=True)
-    most, start = max(1, min(64, ENTRIES // (units.shape[0] * units.shape[1]))), 0
-    for adapters, counts in zip(present.split(most), ranks.split(most), strict=True):
-        block = units[order[start : start + int(counts.sum())]]
-        start += len(block)
-        owner = torch.arange(len(adapters), device=counts.device).repeat_interleave(counts)
-        yield adapters, replace(block, owner=owner)
+def _fp64(units: Units, n: int) -> tuple[Tensor, Tensor]:
+    B, A = units.padded(n)
+    return B.double(), A.double()
 
 
-def _beside(block: Units, target: Units, place: int) -> Units:
-    """The target's units behind those of a block, as those of one more adapter."""
-    B, A = torch.cat([block.B, target.B], 1), torch.cat([block.A, target.A])
-    return Units(B, A, torch.cat([block.owner, target.owner + place]), torch.cat([block.scale, target.scale]))
-
-
-def _deltas(block: Units, squares: Tensor) -> Tensor:
+def _deltas(B: Tensor, A: Tensor, squares: Tensor) -> Tensor:
     """(n, d_out, d_in) fp32: each adapter's ΔW over its norm, given squared (n,); 0 where that is 0."""
-    ranks = block.ranks(len(squares))
-    slot = torch.arange(len(block), device=ranks.device) - (ranks.cumsum(0) - ranks)[block.owner]
-    B = block.B.new_zeros(len(ranks), int(ranks.max()), block.shape[0], dtype=torch.float32)
-    A = block.A.new_zeros(len(ranks), int(ranks.max()), block.shape[1], dtype=torch.float32)
     scale = torch.where(squares > 0, squares.rsqrt(), 0.0)
-    B[block.owner, slot] = (block.B.T.double() * scale[block.owner, None]).float()
-    A[block.owner, slot] = block.A.float()
-    return B.transpose(1, 2) @ A
-
-
-def _fp64(units: Units) -> Units:
-    return replace(units, B=units.B.double(), A=units.A.double())
+    return (B * scale[:, None, None]).float() @ A.float()
 
 
 def _sum(dense: Tensor) -> Tensor:

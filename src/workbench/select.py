@@ -27,7 +27,7 @@ from workbench.adapt.fresh import NEW_ADAPTER, train_fresh
 from workbench.adapters import Adapter
 from workbench.base import Base, check_fits
 from workbench.closeness import MEASURES, check_target, closeness, diversify
-from workbench.compose import grouped
+from workbench.compose import LowRank
 from workbench.errors import SelectionError, TaskError
 from workbench.evaluate import encode_task
 from workbench.judging import judged
@@ -264,8 +264,8 @@ def _cosines(pool: Pool, names: list[str], device: torch.device) -> Tensor:
 
 
 def _budget(device: torch.device) -> int:
-    """Bytes of factors held at once."""
-    return 2**32 if device.type == "cuda" else 2**28
+    """Bytes of factors held at once: of a GPU's memory an eighth."""
+    return torch.cuda.get_device_properties(device).total_memory // 8 if device.type == "cuda" else 2**28
 
 
 def _score_all(pool: Pool, task: Task, base: Base) -> pd.DataFrame:
@@ -275,17 +275,23 @@ def _score_all(pool: Pool, task: Task, base: Base) -> pd.DataFrame:
     for chunk in chunks:
         updates = held.get(tuple(chunk))
         if updates is None:
-            adapters = [pool.adapter(name) for name in chunk]
-            for adapter in adapters:
-                check_fits(adapter, base.layers)
-            updates = grouped(adapters, base.device)
+            updates = _side_by_side(pool, chunk, base)
             if len(chunks) == 1:
                 held[tuple(chunk)] = updates
         n = len(chunk)
         result = judged(base, [task] * n, [task.train] * n, [examples] * n, updates)
         rows += zip(chunk, result.accuracy.tolist(), result.loss.mean(1).tolist(), strict=True)
+        del updates  # before the next ones are made
     rows.sort(key=lambda row: (-row[1], round(row[2], 6), row[0]))
     return pd.DataFrame(rows, columns=["name", "accuracy", "loss"])
+
+
+def _side_by_side(pool: Pool, names: list[str], base: Base) -> dict[str, LowRank]:
+    """As `compose.grouped`; adapters that do not fit into memory are read module by module."""
+    stack = pool.stack(names, lazy=not pool.held).to(base.device)
+    for module, units in stack.outline.items():
+        check_fits(Adapter(stack.names[int(units.owner[0])], {module: units}), base.layers)  # shapes, as of factors
+    return {module: LowRank(*units.padded(len(names))) for module, units in stack}
 
 
 def _chunks(pool: Pool, budget: int) -> list[list[str]]:

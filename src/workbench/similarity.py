@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from workbench.errors import SelectionError
-from workbench.stack import Stack, cosine, gram
+from workbench.stack import Stack, cosine, squares
 
 __all__ = ["norm_profile", "ordered", "pairs", "similarity"]
 
@@ -60,5 +60,5 @@ def pairs(matrix: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
 
 def norm_profile(stack: Stack) -> pd.DataFrame:
     """‖ΔW‖_F of every adapter (rows) in every module (columns); 0 where it does not have the module."""
-    columns = {module: gram(units, len(stack)).diagonal().clamp_min(0).sqrt().cpu().numpy() for module, units in stack}
+    columns = {module: squares(units, len(stack)).sqrt().float().cpu().numpy() for module, units in stack}
     return pd.DataFrame(columns, index=list(stack.names))

@@ -3,8 +3,8 @@
     units = Units(B, A, owner)     # B (d_out, R), A (R, d_in), owner (R,): unit j is B[:, j] A[j, :], of adapter owner[j]
     stack = Stack.of(adapters)     # module → Units, and the adapters' names
 
-A merge maps a stack to an update; similarity, controls and clusters read the same type. The algebra here works on the
-factors: no ΔW is formed.
+A merge maps a stack to an update; similarity, controls and clusters read the same type. The algebra (`factored`) works on
+the factors: no ΔW is formed.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from torch import Tensor
 
 from workbench.adapters import Adapter, Factors
 from workbench.errors import AdapterError, MergeError, SelectionError
+from workbench.factored import cosine, factored_svd, gram, squares
 from workbench.source import Slot, Source
 
-__all__ = ["Stack", "Units", "cosine", "factored_svd", "gram"]
-
-BLOCK = 4096  # units
+__all__ = ["Stack", "Units", "cosine", "factored_svd", "gram", "squares"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,12 @@ class Units:
 
     def __len__(self) -> int:
         return self.A.shape[0]
+
+    def __repr__(self) -> str:
+        ranks = self.owner.bincount()
+        whose = f"{_count(len(self), 'unit')} of {_count(int((ranks > 0).sum()), 'adapter')}, {_span(ranks)}"
+        kind = f"{str(self.A.dtype).removeprefix('torch.')}, {self.A.device}"
+        return f"Units({self.module and self.module + ', '}{self.shape[0]}×{self.shape[1]}, {whose}, {kind})"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -62,6 +67,33 @@ class Units:
     def ranks(self, n: int) -> Tensor:
         """(n,) number of units of each adapter; 0 where it does not have the module."""
         return torch.bincount(self.owner, minlength=n)
+
+    def sorted(self) -> Units:
+        """The same in the order of their owners; themselves where they lie so already."""
+        order = self.owner.argsort(stable=True)
+        return self if bool((order[1:] > order[:-1]).all()) else self[order]
+
+    def blocks(self, most: int) -> Iterator[tuple[Tensor, Units]]:
+        """At most so many adapters at a time: their places in the stack, and their units, sorted, with owners from 0."""
+        units, start = self.sorted(), 0
+        present, ranks = units.owner.unique_consecutive(return_counts=True)
+        for adapters, counts in zip(present.split(most), ranks.split(most), strict=True):
+            block = units[start : start + int(counts.sum())]
+            if not len(block):
+                return
+            start += len(block)
+            owner = torch.arange(len(adapters), device=counts.device).repeat_interleave(counts)
+            yield adapters, replace(block, owner=owner)
+
+    def padded(self, n: int) -> tuple[Tensor, Tensor]:
+        """B (n, d_out, r) and A (n, r, d_in) of each adapter, with r the largest rank; filled up with zeros."""
+        units, ranks, (d_out, d_in) = self.sorted(), self.ranks(n), self.shape
+        r, B, A = int(ranks.max()), units.B, units.A
+        if len(units) < n * r:
+            before = r * torch.arange(n, device=ranks.device) - ranks.cumsum(0) + ranks
+            place = torch.arange(len(units), device=ranks.device) + before[units.owner]
+            B, A = B.new_zeros(d_out, n * r).index_copy_(1, place, B), A.new_zeros(n * r, d_in).index_copy_(0, place, A)
+        return B.reshape(d_out, n, r).transpose(0, 1).contiguous(), A.reshape(n, r, d_in)
 
     def live(self, weights: Tensor) -> Units:
         """The units of the adapters of a weight (N,) other than 0."""
@@ -145,6 +177,12 @@ class Stack:
     def __len__(self) -> int:
         return len(self.names)
 
+    def __repr__(self) -> str:
+        ranks = self.ranks()
+        size = ", ".join(_count(n, what) for n, what in ((len(self), "adapter"), (ranks.shape[1], "module")))
+        where = f"read from files, {self.device}" if self.lazy else self.device
+        return f"Stack({size}, {_count(int(ranks.sum()), 'unit')}, {_span(ranks)}, {where})"
+
     def __iter__(self) -> Iterator[tuple[str, Units]]:
         return iter(self.modules.items())
 
@@ -210,8 +248,8 @@ class Stack:
         return sum(gram(units, len(self)) for units in self.modules.values())
 
     def norms(self) -> Tensor:
-        """(N,) ‖ΔW_i‖_F over all modules."""
-        return self.gram().diagonal().clamp_min(0).sqrt()
+        """(N,) ‖ΔW_i‖_F over all modules, fp32."""
+        return sum(squares(units, len(self)) for units in self.modules.values()).sqrt().float()
 
     def digest(self) -> str:
         """Content hash over the adapters in order (names excluded)."""
@@ -239,43 +277,6 @@ class Stack:
         if not torch.isfinite(out).all():
             raise MergeError(f"the weight of {self.names[int((~torch.isfinite(out)).nonzero()[0])]} is not finite")
         return out
-
-
-def gram(units: Units, n: int) -> Tensor:
-    """(n, n) inner products ⟨ΔW_i, ΔW_j⟩ of one module: ⟨b a, b′ a′⟩ = ⟨b, b′⟩⟨a, a′⟩ summed over pairs of units.
-
-    Cost R² (d_out + d_in): never d_out × d_in per pair. Held at a time: the products of `BLOCK` units with all R.
-    """
-    out = units.A.new_zeros(n, n)
-    for start in range(0, len(units), BLOCK):
-        some = units[start : start + BLOCK]
-        products = (units.B.T @ some.B) * (units.A @ some.A.T)
-        sums = products.new_zeros(n, products.shape[1]).index_add_(0, units.owner, products)
-        out.index_add_(1, some.owner, sums)
-    return out
-
-
-def cosine(inner: Tensor) -> Tensor:
-    """(n, n) cosines from a Gram matrix; rows and columns of norm 0 are 0 (1 on the diagonal)."""
-    norm = inner.diagonal().clamp_min(0).sqrt()
-    out = torch.where(
-        (norm[:, None] > 0) & (norm[None] > 0), inner / (norm[:, None] * norm[None]).clamp_min(1e-38), 0.0
-    )
-    return out.clamp(-1, 1).fill_diagonal_(1.0)
-
-
-def factored_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """SVD of B A from its factors: U (d_out, q), S (q,), Vh (q, d_in), with q = min(d_out, R, d_in), S descending.
-
-    QR of both factors leaves a core of size at most R × R; where R ≥ min(d_out, d_in) the dense way is the cheaper exact
-    one and is taken.
-    """
-    if A.shape[0] >= min(B.shape[0], A.shape[1]):
-        return torch.linalg.svd(B @ A, full_matrices=False)
-    q_b, r_b = torch.linalg.qr(B)
-    q_a, r_a = torch.linalg.qr(A.T)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    return q_b @ u, s, vh @ q_a.T
 
 
 def _together(module: str, part: Sequence[tuple[int, Factors]]) -> Units:
@@ -312,3 +313,13 @@ def _check_same(module: str, part: Sequence[tuple[int, Factors | Slot]], names: 
 
 def _natural(module: str) -> list:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in module.split(".")]
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
+def _span(ranks: Tensor) -> str:
+    """The ranks that there are, in words."""
+    some = ranks[ranks > 0].unique().tolist() or [0]
+    return f"rank {some[0]}" if len(some) == 1 else f"rank {some[0]}–{some[-1]}"
