@@ -18,12 +18,13 @@ from helpers import (
     some_ids,
     tiny_base,
     tiny_causal,
+    tiny_gpt2,
     tiny_t5,
     write_peft,
 )
 from workbench.adapt.coefficients import learn_coefficients
 from workbench.adapt.gradient import Schedule
-from workbench.base import Base
+from workbench.base import Base, Batch, free_memory
 from workbench.compose import LowRank, Routed, compose, computes_on, grouped, shared
 from workbench.errors import BaseError
 from workbench.evaluate import encode, score
@@ -491,3 +492,57 @@ def test_options_reach_the_base(folder, made):
     assert not any(p.requires_grad for p in base.model.parameters())
     assert not base.model.training
     assert encode(base, "ab", "c") == encode(made, "ab", "c")
+
+
+# Room for a batch ------------------------------------------------------------------------------------------------------
+
+
+def test_room_on_a_processor(made):
+    base = Base(made.model, made.tokenizer, "tiny")
+    assert base.room("score", 1.0) == base.room("generate", 0.1, units=999, cached=True) == 16_384
+    base.held["score"] = 100
+    assert base.room("score", 1.0) == 100
+    assert base.room("generate", 1.0) == 16_384
+
+
+def test_room_on_a_gpu(made, monkeypatch):
+    """By hand: hidden 32, widest layer 64, 4 bytes a number; 2 layers of keys and values, 90 logits in 4 + 8 bytes."""
+    base, free = Base(made.model, made.tokenizer, "tiny"), {"bytes": 10**6}
+    monkeypatch.setattr(Base, "device", torch.device("cuda"))
+    monkeypatch.setattr("workbench.base.free_memory", lambda device: free["bytes"])
+    config = base.model.config
+    token = 4 * (8 * 32 + 3 * 64)
+    assert base.room("score", 0.0) == int(0.8e6 / token)
+    assert base.room("score", 0.25, units=10) == int(0.8e6 / (token + 160 + 0.25 * 12 * config.vocab_size))
+    cache = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * 32 // config.num_attention_heads
+    assert base.room("generate", 0.0, cached=True) == int(0.8e6 / (token + cache))
+    base.held["score"] = 77
+    assert base.room("score", 0.0) == 77
+    free["bytes"] = 10**12
+    assert base.room("generate", 0.0) == 524_288
+    free["bytes"] = 0
+    assert base.room("generate", 0.0) == 1
+
+
+def test_free_memory_counts_what_torch_holds_unused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 30)
+    assert free_memory(torch.device("cuda")) == 140
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3", "gpt2"])
+def test_rows_go_on_from_a_prefix(kind):
+    """Two groups of three rows, each group from its own prefix: the logits of the rows read whole."""
+    base = tiny_gpt2() if kind == "gpt2" else tiny_causal(kind)
+    starts, ends = some_ids(base, 2, 9), some_ids(base, 6, 5, seed=1)
+    whole = torch.cat([starts.repeat_interleave(3, 0), ends], 1)
+    prefix = base.prefix(starts)
+    got = base.next_token_logits(Batch(ends, ends, 4, prefix=prefix))
+    assert relative(got, logits_of(base.model, whole)[:, -4:]) < 1e-5
+    at = torch.tensor([[4, 0], [1, 1], [2, 3], [0, 0], [3, 4], [2, 1]])
+    got = base.next_token_logits(Batch(ends, at, 2, at=at, prefix=prefix))
+    want = logits_of(base.model, whole)[torch.arange(6)[:, None], 9 + at]
+    assert relative(got, want) < 1e-5
+    again = base.next_token_logits(Batch(ends, ends, 4, prefix=prefix))  # what is held is not added to
+    assert relative(again, logits_of(base.model, whole)[:, -4:]) < 1e-5

@@ -2,10 +2,13 @@
 
 import copy
 import math
+import sys
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from helpers import (
     dense_model,
@@ -18,12 +21,14 @@ from helpers import (
     tiny_gpt2,
     tiny_t5,
 )
+from workbench import lowrank
 from workbench.adapters import Adapter
 from workbench.base import Base, check_fits
 from workbench.compose import LowRank, Routed, compose, grouped, layer_shape, shared, slice_groups
 from workbench.errors import AdapterError, BaseError, MergeError
 from workbench.stack import Stack
 
+HERE = sys.modules["workbench.compose"]  # the name is the function's in the package
 Q0, DOWN1 = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 
 
@@ -558,3 +563,171 @@ def test_what_cannot_route_is_refused():
         Routed(B.expand(2, 4, 3), A.expand(2, 3, 5), **stacked)
     with pytest.raises(MergeError, match="no pair of factors"):
         Routed(B, A.T, **fine)
+
+
+# One product for layers that read one input ----------------------------------------------------------------------------
+
+
+class Siblings(torch.nn.Module):
+    """q, k and v of 5 inputs; `between` is done with the input after q, and gives what k and v read."""
+
+    def __init__(self, between=lambda x: x, skip=()):
+        super().__init__()
+        torch.manual_seed(0)
+        for name, width in (("q_proj", 4), ("k_proj", 2), ("v_proj", 3)):
+            setattr(self, name, torch.nn.Linear(5, width).requires_grad_(False))
+        self.between, self.skip = between, skip
+
+    def forward(self, x):
+        q = self.q_proj(x)
+        x = self.between(x)
+        return torch.cat(
+            [q] + [layer(x) for name, layer in self.named_children() if name not in ("q_proj", *self.skip)], -1
+        )
+
+
+def sibling_updates(candidates=2, *, grad=False):
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    sizes = {"q_proj": (4, 2), "k_proj": (2, 3), "v_proj": (3, 1)}
+    return {m: LowRank(draw(d, r), draw(r, 5), draw(candidates, r).requires_grad_(grad)) for m, (d, r) in sizes.items()}
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """How many products x Aᵀ were taken, and of how many units."""
+    seen = []
+    for module in (HERE, lowrank):
+        monkeypatch.setattr(module, "inner", lambda x, A, own=module.inner: seen.append(A.shape[-2]) or own(x, A))
+    return seen
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("form", ["shared", "grouped", "stacked"])
+def test_joined_products_are_those_of_each_layer(base, adapters, products, form, grad):
+    ids = some_ids(base, rows=8)
+    if form == "shared":
+        updates = shared(Stack.of(adapters), torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))
+    else:
+        updates = grouped(adapters)
+    if form == "stacked":
+        generator = torch.Generator().manual_seed(2)
+        updates = {m: replace(u, c=torch.randn(8, u.A.shape[1], generator=generator)) for m, u in updates.items()}
+    found = []
+    for joined in (False, None, True):
+        products.clear()
+        with torch.set_grad_enabled(grad), compose(base.model, updates, joined=joined):
+            found.append(base.model(input_ids=ids).logits.detach())
+        each = [u.A.shape[-2] for u in updates.values()]
+        assert sum(products) == sum(each)
+        assert len(products) == (len(each) - 6 if joined else len(each))  # two layers: k, v and up go with q and gate
+    assert torch.equal(found[0], found[1])
+    assert relative(found[2], found[0]) < 1e-5
+    assert relative(found[0], run(base, {}, ids, False)) > 1e-2
+
+
+def test_gradients_through_joined_products(base, adapters):
+    wide, stack, ids = double(base), Stack.of(adapters), some_ids(base, rows=4)
+    c = torch.randn(2, 14, 4, generator=torch.Generator().manual_seed(3)).double().requires_grad_()
+    found = []
+    for joined in (False, True):
+        updates = {m: LowRank(u.B.double(), u.A.double(), u.c) for m, u in shared(stack, c).items()}
+        with compose(wide.model, updates, joined=joined):
+            loss = wide.model(input_ids=ids).logits.square().mean()
+        found.append(torch.autograd.grad(loss, c)[0])
+    assert float(found[0].abs().max()) > 0
+    assert relative(found[1], found[0]) < 1e-10
+
+
+def test_a_checkpointed_model_takes_joined_products():
+    """What is computed again in the backward pass reads other tensors of the same numbers."""
+    found, x = [], torch.randn(4, 6, 5)
+    for joined in (False, True):
+        model, updates = Siblings(), sibling_updates(grad=True)
+        with compose(model, updates, joined=joined):
+            y = checkpoint(model, x, use_reentrant=False).square().sum()
+            found.append(torch.autograd.grad(y, [u.c for u in updates.values()]))
+    for mine, want in zip(found[1], found[0], strict=True):
+        assert relative(mine, want) < 1e-5
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("how", ["same", "changed", "another", "other mode", "twice"])
+def test_a_product_is_used_again_for_the_same_input_alone(products, how, grad):
+    def between(x):
+        if how == "changed":
+            return x.mul_(2)
+        return x.clone() if how == "another" else x
+
+    model, updates, x = Siblings(between), sibling_updates(grad=grad), torch.randn(4, 3, 5)
+    if how == "other mode":
+        model.k_proj.register_forward_pre_hook(lambda *_: torch.set_grad_enabled(not grad) and None)
+    found = []
+    for joined in (False, True):
+        products.clear()
+        with torch.set_grad_enabled(grad), compose(model, updates, joined=joined):
+            y = model(x.clone())
+            if how == "twice":
+                y = y + model(x * 3)
+            found.append(y.detach())
+    torch.testing.assert_close(found[1], found[0])
+    assert products == {"same": [6], "twice": [6, 6]}.get(how, [6, 3, 1])
+
+
+@pytest.mark.parametrize("skip", [(), ("v_proj",)])
+def test_a_joined_product_does_not_outlive_its_input(skip):
+    with torch.no_grad(), compose(Siblings(skip=skip), sibling_updates(), joined=True) as model:
+        family = next(iter(model.q_proj._forward_hooks.values())).family[0]
+        x = torch.randn(4, 3, 5)
+        model(x)
+        assert (family.held is None) is (not skip)  # a layer that has not been run may yet ask for its part
+        x = None
+        assert family.held is None
+        model(x := torch.randn(4, 3, 5))
+    assert x is not None
+    assert family.held is None  # nor the context
+
+
+def test_what_cannot_be_joined_is_not(base, adapters, products):
+    """A that takes a gradient, unlike numbers of candidates, routed updates, an input of inference mode, many units."""
+    model, x = Siblings(), torch.randn(4, 3, 5)
+
+    def taken(updates, mode=torch.no_grad):
+        products.clear()
+        with mode(), compose(model, updates, joined=True):
+            model(torch.randn(4, 3, 5) if mode is torch.inference_mode else x)
+        return products
+
+    updates = sibling_updates()
+    assert taken(updates) == [6]
+    assert taken(updates, torch.inference_mode) == [2, 3, 1]
+    assert taken({m: u for m, u in updates.items() if m != "q_proj"}) == [3, 1]
+    assert taken({m: u for m, u in updates.items() if m != "k_proj"}) == [3]
+    assert taken(updates | {"k_proj": replace(updates["k_proj"], c=None)}) == [2, 3, 1]
+    assert taken(updates | {"k_proj": replace(updates["k_proj"], c=torch.ones(1, 3))}) == [2, 3, 1]
+    assert taken({m: replace(u, A=u.A.clone().requires_grad_()) for m, u in updates.items()}) == [2, 3, 1]
+    wide = {m: LowRank(torch.ones(len(u.B), 2000), torch.ones(2000, 5)) for m, u in updates.items()}
+    assert taken(wide) == [2000] * 3
+    with pytest.raises(MergeError, match="4 rows cannot be split evenly among 3"):
+        taken(sibling_updates(3))
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_factors_are_cast_once(monkeypatch, joined):
+    """Into a bf16 layer's type at its first call, with what a cast at each call gives; the caller's stay as they are."""
+    model, updates, x = Siblings().bfloat16(), sibling_updates(), torch.randn(4, 3, 5).bfloat16()
+    with torch.no_grad():
+        want = torch.cat(
+            [u.apply(x, layer(x)) for u, layer in zip(updates.values(), model.children(), strict=True)], -1
+        )
+        with compose(model, updates, joined=joined):
+            assert torch.equal(model(x), want)
+            monkeypatch.setattr(HERE._Hook, "_cast", lambda *_: pytest.fail("cast again"))
+            assert torch.equal(model(x), want)
+    assert {t.dtype for u in updates.values() for t in (u.A, u.B, u.c)} == {torch.float32}
+    monkeypatch.undo()
+    with compose(model, updates, joined=joined), torch.no_grad():
+        model(x)
+        wide = model.float()(x.float())  # another type in the same context is cast from the numbers given
+    want = torch.cat([u.apply(x.float(), layer(x.float())) for u, layer in zip(updates.values(), model.children())], -1)  # noqa: B905
+    torch.testing.assert_close(wide, want.detach())

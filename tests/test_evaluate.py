@@ -2,6 +2,7 @@
 
 import copy
 import random
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,19 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from helpers import comes_out, dense_model, generate, random_adapter, tiny_base, worded_base
+from helpers import (
+    comes_out,
+    dense_model,
+    generate,
+    hook_count,
+    random_adapter,
+    relative,
+    tiny_base,
+    tiny_causal,
+    tiny_gpt2,
+    tiny_t5,
+    worded_base,
+)
 from workbench import tasks
 from workbench.base import Base
 from workbench.compose import LowRank, grouped, shared
@@ -17,6 +30,8 @@ from workbench.errors import MergeError, TaskError
 from workbench.evaluate import Encoded, Packed, encode, encode_all, encode_task, evaluate, row_losses, score
 from workbench.nano import world
 from workbench.stack import Stack
+
+HERE = sys.modules["workbench.evaluate"]  # the name is the function's in the package
 
 
 @pytest.fixture(scope="module")
@@ -353,3 +368,197 @@ def test_accuracy_is_what_decoding_to_text_gives(trained):
     assert match == [text == e.target + "\n" for text, e in zip(said, both.test, strict=True)]
     assert True in match
     assert False in match
+
+
+# Logits at answers alone
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_logits_at_each_row_s_own_answer(base, kind):
+    base = base if kind == "llama" else tiny_gpt2()
+    rows = examples(base, 9)
+    packed, hooks = Packed(rows, base), hook_count(base.model)
+    for index in (np.arange(9), np.array([4]), np.array([8, 0, 0, 5])):
+        wide, tight = packed.batch(index), packed.batch(index, tight=True)
+        longest = max(len(rows[i].answer) for i in index)
+        assert tight.labels.shape == (len(index), tight.keep)
+        assert tight.keep == longest + (len(index) == 1)  # one row's last columns are its answer
+        a, b = base.next_token_logits(wide), base.next_token_logits(tight)
+        assert b.shape[:2] == tight.labels.shape
+        for i, row in enumerate(rows[j] for j in index):
+            n = len(row.answer)
+            assert tight.labels[i, :n].tolist() == list(row.answer)
+            assert (tight.labels[i, n:] == -100).all()
+            assert relative(b[i, :n], a[i][wide.labels[i] != -100]) < 1e-5
+    assert hook_count(base.model) == hooks
+
+
+@pytest.mark.parametrize("form", ["none", "grouped", "head"])
+def test_scores_do_not_depend_on_where_logits_are_taken(base, monkeypatch, form):
+    rows, seen, plain = examples(base, 9), [], base.next_token_logits
+    targets = ["lm_head"] if form == "head" else None
+    updates = None if form == "none" else grouped([random_adapter(base.layers, 2, i, targets) for i in range(2)])
+    want = score(base, [rows] * 2, updates)
+    monkeypatch.setattr(base, "next_token_logits", lambda batch: seen.append(batch) or plain(batch))
+    monkeypatch.setattr(HERE, "_SMALL", 10)
+    got = score(base, [rows] * 2, updates)
+    torch.testing.assert_close(got.loss, want.loss, rtol=1e-4, atol=1e-5)
+    assert torch.equal(got.match, want.match)
+    assert all(batch.at is not None for batch in seen)
+    one = score(base, [rows[:1]])
+    assert seen[-1].at is None
+    torch.testing.assert_close(one.loss[0], score(base, [rows]).loss[0, :1], rtol=1e-4, atol=1e-5)
+
+
+# Prefixes read once
+
+
+def alike(base, n, length, seed=0):
+    """Examples of many lengths whose prompts begin with the same tokens."""
+    rng = random.Random(seed)
+    start = tuple(rng.randrange(3, 90) for _ in range(length))
+    rows = examples(base, n, seed)
+    return [replace(row, prompt=(*start, *row.prompt[:20])) for row in rows]
+
+
+@pytest.mark.parametrize("budget", [1, 1500, None])
+@pytest.mark.parametrize("form", ["none", "shared", "grouped", "gpt2", "tight"])
+def test_what_prompts_begin_with_is_read_once(base, monkeypatch, budget, form):
+    base = tiny_gpt2() if form == "gpt2" else base
+    if form == "tight":
+        monkeypatch.setattr(HERE, "_SMALL", 10)
+    adapters = [random_adapter(base, 1 + i, i, name=f"a{i}") for i in range(3)]
+    groups = [alike(base, 5, 120 + 9 * seed, seed) for seed in range(3)]
+    c = torch.tensor([[1.0, 0, 0], [0, 0, 0], [0.5, -0.5, 1]])
+    updates, models = None, [base.model] * 3
+    if form == "shared":
+        updates = shared(stack := Stack.of(adapters), c)
+        models = [dense_model(base, {m: u.delta(c[k][u.owner]) for m, u in stack}) for k in range(3)]
+    elif form != "none":
+        updates = grouped(adapters)
+        models = [dense_model(base, {m: f.delta() for m, f in a.modules.items()}) for a in adapters]
+    read, prefixes, plain, prefix = [], [], base.next_token_logits, base.prefix
+    monkeypatch.setattr(base, "next_token_logits", lambda batch: read.append(batch) or plain(batch))
+    monkeypatch.setattr(base, "prefix", lambda ids: prefixes.append(ids) or prefix(ids))
+    scores = score(base, groups, updates, max_tokens=budget)
+    for g, group in enumerate(groups):
+        torch.testing.assert_close(scores.loss[g], one_by_one(models[g], group), rtol=1e-4, atol=1e-5)
+    assert scores.tokens == sum(len(row) for group in groups for row in group)
+    assert sum(map(len, prefixes)) == 3  # each group's once
+    assert all(ids.shape[1] == 120 for ids in prefixes)  # the shortest of the three
+    assert all(batch.prefix is not None and batch.ids.shape[1] < 70 for batch in read)
+
+
+def test_a_prefix_is_the_same_list_s_under_each_candidate(base):
+    rows = alike(base, 4, 90)
+    stack = Stack.of([random_adapter(base, 2, i, name=f"a{i}", size=0.3) for i in range(3)])
+    c = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    together = score(base, [rows] * 5, shared(stack, c))
+    for k in range(5):
+        model = dense_model(base, {m: u.delta(c[k][u.owner]) for m, u in stack})
+        torch.testing.assert_close(together.loss[k], one_by_one(model, rows), rtol=1e-4, atol=1e-5)
+    assert relative(together.loss[0], together.loss[1]) > 1e-2
+
+
+def test_prefixes_are_shared_where_it_pays_and_can_be(base, monkeypatch):
+    """At least 64 tokens, two thirds of the longest row, never a prompt's last token, never of one example alone."""
+    seen, plain = [], Base.prefix
+    monkeypatch.setattr(Base, "prefix", lambda self, ids: seen.append(ids.shape[1]) or plain(self, ids))
+    for rows, want in (
+        (alike(base, 4, 63), []),
+        (alike(base, 4, 64), [64]),
+        (alike(base, 4, 64)[:1], []),
+        (examples(base, 4), []),
+        ([Encoded((5,) * 70, (6,)), Encoded((5,) * 71, (7,) * 30)], [69]),
+        ([Encoded((5,) * 70, (6,)), Encoded((5,) * 71, (7,) * 40)], []),
+        ([Encoded((5,) * 70, (6,)), Encoded((5,) * 60 + (6,) * 10, (7,))], []),
+        ([Encoded((5,) * 70, (6,)), Encoded((5,) * 70, (6,))], [69]),
+    ):
+        seen.clear()
+        got = score(base, [rows])
+        assert seen == want
+        torch.testing.assert_close(got.loss[0], one_by_one(base.model, rows), rtol=1e-4, atol=1e-5)
+    seen.clear()
+    score(base, [alike(base, 4, 100), examples(base, 4)])
+    assert seen == []
+    sliding = tiny_causal("Mistral")
+    sliding.model.config.sliding_window = 40
+    rows = alike(sliding, 4, 100)
+    torch.testing.assert_close(score(sliding, [rows]).loss[0], one_by_one(sliding.model, rows), rtol=1e-4, atol=1e-5)
+    assert sliding.prefix(torch.ones(1, 5).long()) is None
+    assert tiny_t5().prefix(torch.ones(1, 5).long()) is None
+    stretched = tiny_base()
+    stretched.model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    assert stretched.prefix(torch.ones(1, 5).long()) is None
+
+
+def test_demonstrations_drawn_once(base):
+    task = tasks.load("nano/mirror-months", n_train=9, n_validation=2, n_test=6)
+    rows = encode_task(base, task, task.test, shots=5, seed=1, once=True)
+    ends = [base.tokenizer.decode(row.prompt).rpartition("\n") for row in rows]
+    assert [end for _, _, end in ends] == [f"{e.input} = " for e in task.test]
+    assert len({shown for shown, _, _ in ends}) == 1
+    assert len(set(ends[0][0].split("\n"))) == 5
+    assert (
+        ends[0][0]
+        == base.tokenizer.decode(encode_task(base, task, task.test, shots=5, seed=1)[0].prompt).rpartition("\n")[0]
+    )  # those of the first example otherwise
+    scores = evaluate(base, task, shots=5, seed=1, once=True)
+    torch.testing.assert_close(scores.loss[0], one_by_one(base.model, rows), rtol=1e-4, atol=1e-5)
+    assert scores.tokens == sum(map(len, rows))
+
+
+# Memory that runs out
+
+
+def scarce(base, room, seen):
+    """A loss that fails for more than `room` rows at a time, as a GPU does whose memory runs out."""
+
+    def loss(logits, labels):
+        if len(logits) > room:
+            raise torch.cuda.OutOfMemoryError("made up")
+        seen.append(len(logits))
+        return row_losses(logits, labels)
+
+    return loss
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, 5, 11, 100])
+@pytest.mark.parametrize("form", ["shared", "none", "prefix"])
+def test_batches_are_halved_until_they_fit(base, room, form):
+    base = Base(base.model, base.tokenizer, "scarce")
+    rows = alike(base, 7, 90) if form == "prefix" else examples(base, 7)
+    stack = Stack.of([random_adapter(base, 2, i, name=f"a{i}") for i in range(3)])
+    c = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    updates, seen = None if form == "none" else shared(stack, c), []
+    want = score(base, [rows] * 5, updates)
+    assert base.held == {}
+    got = score(base, [rows] * 5, updates, loss=scarce(base, room, seen))
+    torch.testing.assert_close(got.loss, want.loss, rtol=1e-4, atol=1e-5)
+    assert torch.equal(got.match, want.match)
+    assert got.tokens == want.tokens == 5 * sum(map(len, rows))
+    assert sum(seen) == 35  # nothing is counted twice
+    assert hook_count(base.model) == 0
+    if room < 35:
+        width = max(map(len, rows))
+        assert room * width // 4 <= base.held["score"] < 2 * (room + 1) * width
+        again = []
+        score(base, [rows] * 5, updates, loss=lambda z, y: again.append(len(z)) or row_losses(z, y))
+        assert max(again) <= room
+    else:
+        assert base.held == {}
+
+
+def test_where_nothing_fits_memory_runs_out(base):
+    rows, seen = examples(base, 4), []
+    updates = grouped([random_adapter(base, 1, i, name=str(i)) for i in range(2)])
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="made up"):
+        score(base, [rows] * 2, updates, loss=scarce(base, 0, seen))
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="made up"):
+        score(base, [rows] * 4, updates, loss=scarce(base, 1, seen))  # two groups to an adapter are not split
+    assert seen == []
+    assert hook_count(base.model) == 0
+    base.held.clear()
+    with pytest.raises(RuntimeError, match="another"):
+        score(base, [rows], loss=lambda *_: (_ for _ in ()).throw(RuntimeError("another")))
+    assert base.held == {}

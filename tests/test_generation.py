@@ -176,3 +176,29 @@ def test_what_cannot_be_generated_is_refused():
         generate(base, [[[5], []]], 3)
     with pytest.raises(MergeError, match="3 groups of prompts cannot be split among 2"):
         generate(base, [[[5]]] * 3, 3, grouped([random_adapter(base, seed=i) for i in range(2)]))
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, 7, 100])
+def test_batches_are_halved_until_they_fit(monkeypatch, room):
+    """A model that fails for more than `room` prompts of each of two groups, as a GPU does whose memory runs out."""
+    base, seen, held = tiny_base(spread=6), [], {"prompts": room}
+    groups = [prompts_of(base, 7, 1), prompts_of(base, 5, 2)]
+    want, plain = generate(base, groups, 5), base.model.generate
+
+    def scarce(input_ids, **more):
+        if len(input_ids) > 2 * held["prompts"]:
+            raise torch.cuda.OutOfMemoryError("made up")
+        seen.append(len(input_ids))
+        return plain(input_ids=input_ids, **more)
+
+    monkeypatch.setattr(base.model, "generate", scarce)
+    assert base.held == {}
+    own = base.model.generation_config
+    assert generate(base, groups, 5) == want
+    assert sum(seen) == 14
+    assert ("generate" in base.held) is (room < 7)
+    base.held.clear()
+    held["prompts"] = 0
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="made up"):
+        generate(base, groups, 5)
+    assert base.model.generation_config is own

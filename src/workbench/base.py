@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,9 @@ from workbench.errors import AdapterError, BaseError
 from workbench.loading import load_parts
 from workbench.prompts import turn_end
 
-__all__ = ["Base", "Batch", "check_fits"]
+__all__ = ["Base", "Batch", "Prefix", "check_fits"]
+
+Prefix = Sequence[tuple[Tensor, Tensor]]  # each layer's keys and values (groups, heads, P, width)
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,9 @@ class Batch:
     ids (rows, T) are prompt and answer together, or the prompts alone where an encoder reads them; labels (rows, keep) hold
     the token that each logit predicts, −100 where none is. An encoder–decoder needs more: mask (rows, T), true at the
     encoder's tokens and false at its padding, and decoder (rows, D), the start token and the answer's tokens but its last.
+
+    A causal model may be told more: `at` (rows, keep), each row's own columns to score instead of the last ones; and
+    `prefix`, what `Base.prefix` has of the tokens that come before ids, (groups, …) for rows in groups of equally many.
     """
 
     ids: Tensor
@@ -33,6 +39,8 @@ class Batch:
     keep: int
     mask: Tensor | None = None
     decoder: Tensor | None = None
+    at: Tensor | None = None
+    prefix: Prefix | None = None
 
 
 class Base:
@@ -63,6 +71,7 @@ class Base:
             most = f" to {self.positions}, all that the model has positions for" if self.positions else ""
             raise BaseError(f"{name}: max_length is {max_length}, expected 1{most}")
         self.max_length = max_length
+        self.held: dict[str, int] = {}  # kind of work → tokens in a batch, once memory has run out; see `room`
 
     @classmethod
     def load(
@@ -204,11 +213,80 @@ class Base:
     def logits(self, batch: Batch) -> Tensor:
         """As `next_token_logits`, with gradients."""
         if batch.decoder is None:
-            return self.model(input_ids=batch.ids, logits_to_keep=batch.keep, use_cache=False).logits
+            past = {"use_cache": False}
+            if batch.prefix is not None:
+                from transformers import DynamicCache
+
+                n = len(batch.ids) // len(batch.prefix[0][0])
+                repeated = [tuple(part.repeat_interleave(n, 0) for part in layer) for layer in batch.prefix]
+                past = {"use_cache": True, "past_key_values": DynamicCache(repeated)}
+            if batch.at is None:
+                return self.model(input_ids=batch.ids, logits_to_keep=batch.keep, **past).logits
+            with _head_reads(self.model.get_output_embeddings(), batch.at):
+                return self.model(input_ids=batch.ids, **past).logits
         logits = self.model(
             input_ids=batch.ids, attention_mask=batch.mask, decoder_input_ids=batch.decoder, use_cache=False
         ).logits
         return logits[:, -batch.keep :]
+
+    @torch.no_grad()
+    def prefix(self, ids: Tensor) -> Prefix | None:
+        """Keys and values of tokens (groups, P) that all rows of a group begin with; under the updates that are composed.
+
+        None where rows cannot go on from them: encoder–decoders, and models whose layers keep anything but keys and values
+        of all tokens (sliding windows, states), or whose positions change with the length.
+        """
+        from transformers.cache_utils import DynamicCache, DynamicLayer
+
+        rope = str(getattr(self.model.config.get_text_config(), "rope_parameters", None))
+        if self.decoder_start is not None or "dynamic" in rope or "longrope" in rope:
+            return None
+        cache = self.model(input_ids=ids, logits_to_keep=1, use_cache=True).past_key_values
+        if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return None
+        return [(layer.keys, layer.values) for layer in cache.layers]
+
+    def room(self, kind: str, answers: float, *, units: int = 0, cached: bool = False) -> int:
+        """How many tokens, padding included, a batch without gradients may hold: 16,384 on a processor.
+
+        On a GPU as many as fit its free memory, at most 524,288: of a token some vectors of the hidden size and three of
+        the widest layer, of an answer's token its logits, in the model's type and twice in fp32. A fifth is left free. Where
+        memory ran out in work of this kind before, no more than was found to fit (`held`).
+
+        Args:
+            answers: the share of tokens that logits are taken at.
+            units: of the updates of a module, at most.
+            cached: keys and values of all tokens are kept.
+        """
+        if self.device.type != "cuda":
+            return min(16_384, self.held.get(kind, 16_384))
+        config, size = self.model.config.get_text_config(), self.dtype.itemsize
+        hidden, widest = config.hidden_size, max(d_out for d_out, _ in self.projections.values())
+        token = size * (8 * hidden + 3 * widest + 4 * units)
+        if cached:
+            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            width = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+            token += 2 * size * config.num_hidden_layers * heads * width
+        token += answers * config.vocab_size * (size + 8)
+        return max(1, min(524_288, int(0.8 * free_memory(self.device) / token), self.held.get(kind, 524_288)))
+
+
+@contextmanager
+def _head_reads(head: nn.Module, at: Tensor) -> Iterator[None]:
+    """The output head sees these columns (rows, keep) of each row alone."""
+    pick = head.register_forward_pre_hook(
+        lambda _, args: (torch.take_along_dim(args[0], at[..., None].to(args[0].device), 1),)
+    )
+    try:
+        yield
+    finally:
+        pick.remove()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a GPU can still give, what torch holds unused included."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def check_fits(adapter, layers: Mapping[str, tuple[int, int]]) -> None:

@@ -3,162 +3,27 @@
     with compose(model, {"model.layers.0.self_attn.q_proj": LowRank(B, A, c)}):
         model(input_ids)                       # y += ((x Aᵀ) ∘ c) Bᵀ in that module
 
-An embedding is a linear layer on one-hot tokens: its x Aᵀ is the columns of A at the token ids. The batch is G groups of
-rows (contiguous, equally many each). Three forms:
-
-- shared: B (d_out, R), A (R, d_in), and c (C, R): one stack, C candidates, rows split evenly among them;
-- grouped: B (G, d_out, R), A (G, R, d_in), c None or (C, R) with C a multiple of G: each group its own adapter;
-- routed (`Routed`), shared or grouped: every token has its own c.
+`LowRank` tells the forms that an update can take. Layers that read one input (q, k and v; gate and up) can have their x Aᵀ
+taken as one product.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from dataclasses import replace
 from itertools import chain
-from numbers import Integral
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from workbench.adapters import Adapter
 from workbench.errors import AdapterError, BaseError, MergeError
+from workbench.lowrank import LowRank, Routed, check_routing, inner, scaled
 from workbench.stack import Stack
 
 __all__ = ["LowRank", "Routed", "check_routing", "compose", "grouped", "shared", "slice_groups"]
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """One module's update for a batch of rows; see the module's docstring for the shapes."""
-
-    B: Tensor
-    A: Tensor
-    c: Tensor | None = None
-    stacked: ClassVar[tuple[str, ...]] = ("B", "A")  # what has a leading dimension G in the grouped form
-
-    def __post_init__(self):
-        stacked, c = self.B.ndim == 3, self.c
-        if (
-            self.B.ndim != self.A.ndim
-            or self.B.shape[-1] != self.A.shape[-2]
-            or (stacked and len(self.B) != len(self.A))
-        ):
-            raise MergeError(f"B {tuple(self.B.shape)} and A {tuple(self.A.shape)} are no pair of factors")
-        if c is not None and (c.ndim != 2 or c.shape[1] != self.A.shape[-2] or (stacked and len(c) % len(self.B))):
-            per = f", candidates a multiple of {len(self.B)}" if stacked else ""
-            raise MergeError(f"expected coefficients (candidates, {self.A.shape[-2]}){per}, got {tuple(c.shape)}")
-
-    @property
-    def groups(self) -> int:
-        """How many groups of rows it tells apart (1: all rows alike)."""
-        return max(self.B.shape[0] if self.B.ndim == 3 else 1, 1 if self.c is None else self.c.shape[0])
-
-    def to(self, device: torch.device) -> LowRank:
-        """The same on a device; itself where it is there already."""
-        held = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        moved = {name: tensor.to(device) for name, tensor in held.items() if tensor.device != device}
-        return replace(self, **moved) if moved else self
-
-    def apply(self, x: Tensor, y: Tensor) -> Tensor:
-        """y + ((x Aᵀ) ∘ c) Bᵀ for x (rows, …, d_in), y (rows, …, d_out); in place on y where no gradient is taken.
-
-        Whole numbers x (rows, …) are tokens.
-        """
-        if x.shape[0] % self.groups:
-            raise MergeError(f"{x.shape[0]} rows cannot be split evenly among {self.groups} groups")
-        b = self.B.to(y.dtype).mT
-        h = _inner(x, self.A) if x.is_floating_point() else _looked_up(x, self.A).to(y.dtype)
-        h = self._weighted(h, x)
-        h, flat = h.to(y.dtype), y.reshape(*h.shape[:-1], y.shape[-1])  # autocast may have chosen another type
-        if torch.is_grad_enabled():
-            out = torch.baddbmm(flat, h, b) if self.B.ndim == 3 else torch.addmm(flat, h, b)
-        else:
-            out = flat.baddbmm_(h, b) if self.B.ndim == 3 else flat.addmm_(h, b)
-        return out.reshape(y.shape)
-
-    def _weighted(self, h: Tensor, x: Tensor) -> Tensor:
-        """h = x Aᵀ with each unit's column multiplied by its coefficient; in place where no gradient is taken."""
-        if self.c is None:
-            return h
-        split = h.reshape(self.c.shape[0], -1, h.shape[-1])
-        c = self.c.to(h.dtype)[:, None]
-        return (split * c if torch.is_grad_enabled() else split.mul_(c)).reshape(h.shape)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Routed(LowRank):
-    """Arrow (Ostapenko et al. 2024, arXiv 2405.11157): every token weighs N adapters by |x · prototype|.
-
-    w = softmax of the `top` largest |x Pᵀ| / temperature, and c_j = w[owner_j]. Shared: owner (R,), prototypes P (N, d_in);
-    grouped: owner (G, R), P (G, N, d_in). A row of zeros in P is an adapter that is absent from the module: it is never
-    routed to. Of equal logits those of the first adapters are kept. Routing is in fp32 whatever the base's type, and
-    differentiable in P. In an embedding x is the one-hot token, so its logits are the column |P[:, token]|.
-    """
-
-    owner: Tensor
-    prototypes: Tensor
-    top: int = 4
-    temperature: float = 1.0
-    stacked: ClassVar[tuple[str, ...]] = ("B", "A", "owner", "prototypes")
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_routing(self.top, self.temperature)
-        if self.c is not None:
-            raise MergeError("a routed update takes no coefficients c: its prototypes give every token its own")
-        if self.owner.shape != self.A.shape[:-1]:
-            raise MergeError(f"expected owners {tuple(self.A.shape[:-1])}, got {tuple(self.owner.shape)}")
-        want, got = (*self.A.shape[:-2], "adapters", self.A.shape[-1]), tuple(self.prototypes.shape)
-        if len(got) != len(want) or (*got[:-2], "adapters", got[-1]) != want or not got[-2]:
-            raise MergeError(f"expected prototypes ({', '.join(map(str, want))}), got {got}")
-
-    def weights(self, x: Tensor) -> Tensor:
-        """Each token's weights of the adapters, (tokens, N) or (G, tokens, N), fp32; they sum to 1 where any is present."""
-        p, real = self.prototypes, x.is_floating_point()
-        with torch.autocast(x.device.type, enabled=False):
-            wide = torch.promote_types(x.dtype if real else p.dtype, torch.float32)
-            logits = (_inner(x.to(wide), p) if real else _looked_up(x, p.to(wide))).abs()
-        present = p.detach().ne(0).any(-1).unsqueeze(-2)
-        low = torch.finfo(wide).min
-        logits = logits.masked_fill(~present, low)
-        k = min(self.top, logits.shape[-1])
-        best = logits.detach().topk(k).values
-        above, level = logits > best[..., -1:], logits == best[..., -1:]
-        kept = above | (level & (level.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
-        return ((logits - best[..., :1]) / self.temperature).masked_fill(~kept, low).softmax(-1) * present
-
-    def _weighted(self, h: Tensor, x: Tensor) -> Tensor:
-        weights = self.weights(x)
-        c = weights.gather(-1, self.owner.unsqueeze(-2).expand(*h.shape)).to(h.dtype)
-        return h * c if torch.is_grad_enabled() else h.mul_(c)
-
-
-def check_routing(top: int, temperature: float) -> None:
-    """Raises:
-    MergeError: fewer than one adapter to keep, or a temperature that is not above 0.
-    """
-    if isinstance(top, bool) or not isinstance(top, Integral) or top < 1:
-        raise MergeError(f"top is {top!r}, expected a whole number of adapters to keep for each token, at least 1")
-    if not 0 < temperature < torch.inf:
-        raise MergeError(f"temperature is {temperature}, expected a number above 0")
-
-
-def _inner(x: Tensor, A: Tensor) -> Tensor:
-    """x Aᵀ, (tokens, r) or (stacks, tokens, r)."""
-    lead = (-1,) if A.ndim == 2 else (A.shape[0], -1)
-    return x.reshape(*lead, x.shape[-1]) @ A.to(x.dtype).mT
-
-
-def _looked_up(tokens: Tensor, A: Tensor) -> Tensor:
-    """The columns of A at these tokens, as rows."""
-    if A.ndim == 2:
-        return A.mT[tokens.flatten()]
-    stacks = torch.arange(A.shape[0], device=tokens.device)[:, None]
-    return A.mT[stacks, tokens.reshape(A.shape[0], -1)]
 
 
 def grouped(adapters: Sequence[Adapter], device: str | torch.device = "cpu") -> dict[str, LowRank]:
@@ -174,12 +39,13 @@ def grouped(adapters: Sequence[Adapter], device: str | torch.device = "cpu") -> 
     updates = {}
     for module, (d_out, d_in) in shapes.items():
         rank = max(a.modules[module].rank for a in adapters if module in a.modules)
-        B, A = torch.zeros(len(adapters), d_out, rank), torch.zeros(len(adapters), rank, d_in)
+        B = torch.zeros(len(adapters), d_out, rank, device=device)
+        A = torch.zeros(len(adapters), rank, d_in, device=device)
         for g, adapter in enumerate(adapters):
             factors = adapter.modules.get(module)
             if factors is not None:
                 B[g, :, : factors.rank], A[g, : factors.rank] = factors.B, factors.A
-        updates[module] = LowRank(B.to(device), A.to(device))
+        updates[module] = LowRank(B, A)
     return updates
 
 
@@ -220,11 +86,16 @@ def slice_groups(updates: Mapping[str, LowRank], start: int, stop: int, total: i
 
 
 @contextmanager
-def compose(model: nn.Module, updates: Mapping[str, LowRank]) -> Iterator[nn.Module]:
+def compose(model: nn.Module, updates: Mapping[str, LowRank], *, joined: bool | None = None) -> Iterator[nn.Module]:
     """Add the updates to the named modules' outputs while the context is open; nothing is left behind, on an error too.
 
     Works on anything whose output is (rows, …, d_out) for an input (rows, …, d_in): Linear, Conv1D, quantised layers; and
     on embeddings, whose input is tokens. In a model that is spread over several devices each update goes to its layer's.
+    Tensors that take no gradient are cast to the layer's type once, so they are not to be changed in an open context.
+
+    Args:
+        joined: take x Aᵀ of q, k and v, and of gate and up, as one product, where A takes no gradient; None: on a GPU.
+            Results may differ in rounding.
 
     Raises:
         BaseError: a module that the model does not have, or an embedding that computes something else.
@@ -237,7 +108,7 @@ def compose(model: nn.Module, updates: Mapping[str, LowRank]) -> Iterator[nn.Mod
         raise BaseError(
             f"{len(absent)} of {len(updates)} modules are not in this base, such as {absent[0]!r}; are the adapters of another base?"
         )
-    handles = []
+    handles, hooks = [], {}
     try:
         for name, update in updates.items():
             layer = found[name]
@@ -253,18 +124,103 @@ def compose(model: nn.Module, updates: Mapping[str, LowRank]) -> Iterator[nn.Mod
                     raise MergeError(
                         f"{name} does not look the rows' tokens up, so {update.groups} groups cannot be told apart in it"
                     )
-            handles.append(layer.register_forward_hook(partial(_add, update.to(computes_on(layer) or update.B.device))))
+            hooks[name] = _Hook(update.to(computes_on(layer) or update.B.device))
+            handles.append(layer.register_forward_hook(hooks[name]))
+        if joined is not False:
+            _join({name: hook for name, hook in hooks.items() if joined or hook.update.A.is_cuda})
         yield model
     finally:
         for handle in handles:
             handle.remove()
+        for family in {hook.family[0] for hook in hooks.values() if hook.family}:
+            family.held = None
 
 
-def _add(update: LowRank, layer: nn.Module, args: tuple, y: Tensor) -> Tensor:
-    scale = getattr(layer, "embed_scale", None)  # some embeddings multiply what they look up
-    if scale is not None:
-        update = replace(update, B=update.B * scale)
-    return update.apply(args[0].to(y.device), y)  # accelerate moves a layer's input behind the hook's back
+class _Hook:
+    """Adds one module's update to its output. `family`: the layers that it shares a product with, and its place there."""
+
+    def __init__(self, update: LowRank):
+        self.update, self.ready, self.types = update, update, None
+        self.family: tuple[_Family, int] | None = None
+
+    def __call__(self, layer: nn.Module, args: tuple, y: Tensor) -> Tensor:
+        x = args[0].to(y.device)  # accelerate moves a layer's input behind the hook's back
+        types = (x.dtype, y.dtype, torch.is_inference_mode_enabled())
+        if types != self.types:
+            self.ready, self.types = self._cast(x, y), types
+        update, scale = self.ready, getattr(layer, "embed_scale", None)
+        if scale is not None:  # some embeddings multiply what they look up
+            update = replace(update, B=update.B * scale)
+        h = self.family[0].part(self.family[1], x) if self.family else None
+        return update.apply(x, y) if h is None else update.outer(h, y)
+
+    def _cast(self, x: Tensor, y: Tensor) -> LowRank:
+        """The update in the types of the layer's input and output, but for what takes a gradient or is not read here."""
+        if type(self.update).apply is not LowRank.apply:
+            return self.update
+        inside = x.dtype if x.is_floating_point() else y.dtype
+        wanted = {"B": y.dtype, "c": inside} | ({"A": x.dtype} if x.is_floating_point() and not self.family else {})
+        held = {name: getattr(self.update, name) for name in wanted}
+        cast = {name: t.to(wanted[name]) for name, t in held.items() if t is not None and not t.requires_grad}
+        return replace(self.update, **cast)
+
+
+_FAMILIES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # in the order in which they are run
+_WIDEST = 4096  # units of a family: beyond that each product is wide enough by itself, and joining costs memory
+
+
+def _join(hooks: Mapping[str, _Hook]) -> None:
+    """Find the hooks whose layers read one input, by their names, and make families of those that can share a product."""
+    for first in [name for name in hooks if name.rpartition(".")[2] in {names[0] for names in _FAMILIES}]:
+        parent, dot, last = first.rpartition(".")
+        names = next(names for names in _FAMILIES if names[0] == last)
+        some = [hooks[parent + dot + name] for name in names if parent + dot + name in hooks]
+        updates = [hook.update for hook in some]
+        alike = {
+            (type(u), u.A.shape[:-2], u.A.shape[-1], u.A.device, u.A.requires_grad, None if u.c is None else len(u.c))
+            for u in updates
+        }
+        plain = type(updates[0]) is LowRank and not updates[0].A.requires_grad
+        if len(some) > 1 and len(alike) == 1 and plain and sum(u.A.shape[-2] for u in updates) <= _WIDEST:
+            family = _Family(updates)
+            for place, hook in enumerate(some):
+                hook.family = (family, place)
+
+
+class _Family:
+    """(x Aᵀ) ∘ c of layers that read one input, as one product.
+
+    The first layer takes it for all. Each other has its part of it once, if it reads the very same tensor, unchanged since
+    and in the same mode of gradients; else it takes its own product. What is held goes with the last part, or with x.
+    """
+
+    def __init__(self, updates: Sequence[LowRank]):
+        self.updates, self.A, self.held = updates, None, None
+        self.groups = max(update.groups for update in updates)
+
+    def part(self, place: int, x: Tensor) -> Tensor | None:
+        if x.is_inference() or torch.is_inference_mode_enabled() or x.shape[0] % self.groups:
+            return None
+        state = (x._version, torch.is_grad_enabled())
+        if place == 0:
+            h = self._product(x).split([update.A.shape[-2] for update in self.updates], -1)
+            self.held = (weakref.ref(x, self._let_go), state, dict(enumerate(h)))
+        if self.held is None or self.held[0]() is not x or self.held[1] != state:
+            return None
+        h = self.held[2].pop(place, None)
+        if not self.held[2]:
+            self.held = None
+        return h
+
+    def _product(self, x: Tensor) -> Tensor:
+        if self.A is None or self.A.dtype != x.dtype:
+            self.A = torch.cat([update.A.to(x.dtype) for update in self.updates], -2)
+        h = inner(x, self.A)
+        return h if self.updates[0].c is None else scaled(h, torch.cat([update.c for update in self.updates], 1))
+
+    def _let_go(self, reference: weakref.ref) -> None:
+        if self.held is not None and self.held[0] is reference:
+            self.held = None
 
 
 def computes_on(module: nn.Module) -> torch.device | None:

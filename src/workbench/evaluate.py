@@ -7,10 +7,9 @@ stop token behind them where the target is shorter than the limit, is the arg-ma
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -19,11 +18,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from workbench.adapters import Adapter
-from workbench.base import Base, Batch
+from workbench.base import Base, Prefix
 from workbench.compose import LowRank, compose, grouped, slice_groups
+from workbench.encoding import Encoded, Packed, encode, encode_all, encode_task, word
 from workbench.errors import MergeError, TaskError
-from workbench.prompts import Prompt, tokenise
-from workbench.tasks import Example, Task
+from workbench.tasks import Task
 
 __all__ = [
     "Encoded",
@@ -39,21 +38,8 @@ __all__ = [
     "word",
 ]
 
-
-@dataclass(frozen=True)
-class Encoded:
-    """A prompt's and an answer's token ids; the answer ends in a stop token unless it fills the limit.
-
-    Its length counts all tokens fed for it: by a causal model both, by an encoder–decoder the prompt's to the encoder and
-    as many as the answer's to the decoder.
-    """
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-    reachable: bool = True  # a target longer than the limit, or with a stop token inside, never matches
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.answer)
+_PREFIX = 64  # tokens that prompts must have in common for these to be read once
+_SMALL = 4096  # tokens of a vocabulary whose logits cost so little that they are taken beside answers too
 
 
 @dataclass(frozen=True)
@@ -70,114 +56,6 @@ class Scores:
     def accuracy(self) -> Tensor:
         """(G,) mean of the matches."""
         return self.match.float().mean(1)
-
-
-def encode(base: Base, prompt: Prompt, target: str, limit: int = 64) -> Encoded:
-    """One prompt and target; see `encode_all`."""
-    return encode_all(base, [prompt], [target], limit)[0]
-
-
-def encode_all(base: Base, prompts: Sequence[Prompt], targets: Sequence[str], limit: int = 64) -> list[Encoded]:
-    """Tokenise prompts (`prompts.tokenise`) and, apart from them, their targets.
-
-    An encoder–decoder's answers begin with what its tokenizer puts before every target (BART's `<s>`), which counts
-    towards the limit as it does in generation. In a chat an answer ends as the assistant's turn does.
-
-    Raises:
-        TaskError: an empty prompt or target, characters in a target that the tokenizer does not know, or more tokens than
-            the model can read.
-        BaseError: an encoder–decoder whose configuration names no start token, or a chat template that fails.
-    """
-    tokenizer, apart = base.tokenizer, base.decoder_start is not None
-    pairs = list(zip(prompts, targets, strict=True))
-    if not pairs:  # tokenizers stumble over an empty list
-        return []
-    quiet = {"return_attention_mask": False, "verbose": False}
-    bodies = tokenizer(list(targets), add_special_tokens=False, **quiet)["input_ids"]
-    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id}
-    opening = [i for i in tokenizer(text_target=[""])["input_ids"][0] if i not in ends] if apart else []
-    answers = []
-    for target, body in zip(targets, bodies, strict=True):
-        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in body:
-            raise TaskError(f"the tokenizer of {base.name} does not know every character of the target {target!r}")
-        answers.append(opening + body + [base.stop_ids[0]] * (len(opening + body) < limit))
-        if apart and base.positions and len(answers[-1]) > base.positions:
-            raise TaskError(
-                f"{target[:60]!r}… is {len(answers[-1])} tokens, more than the {base.positions} that {base.name} can write"
-            )
-    # There must be room for any answer up to the limit: generation, which knows no target, reads the same prompt.
-    reserve = [max(limit, len(answer)) for answer in answers]
-    out = []
-    for (prompt, target), head, body, answer in zip(
-        pairs, tokenise(base, prompts, reserve), bodies, answers, strict=True
-    ):
-        said = set(head) - {tokenizer.eos_token_id}
-        if not said or not body:
-            what = "target" if said else "prompt"
-            raise TaskError(f"nothing to score: the {what} of {str(prompt)[-60:]!r} → {target!r} has no tokens")
-        written = opening + body
-        ends_early = bool(set(written) & set(base.stop_ids))  # decoding would end at a stop token inside
-        out.append(Encoded(tuple(head), tuple(answer), len(written) <= limit and not ends_early))
-    return out
-
-
-def word(base: Base, task: Task, examples: Sequence[Example], *, shots: int = 0, seed: int = 0) -> list[Prompt]:
-    """A task's prompts as the base reads them, texts or a chat's turns; `shots` demonstrations as in `encode_task`.
-
-    Raises:
-        TaskError: more demonstrations than training examples.
-    """
-    if shots > len(task.train):
-        raise TaskError(f"{task.name}: {shots} demonstrations asked for, but only {len(task.train)} training examples")
-    rng = random.Random(f"{task.name}|shots|{seed}")
-    say = task.turns if base.chat else task.prompt
-    return [say(example, rng.sample(task.train, shots) if shots else ()) for example in examples]
-
-
-def encode_task(base: Base, task: Task, examples: Sequence[Example], *, shots: int = 0, seed: int = 0) -> list[Encoded]:
-    """Encode a task's examples; `shots` puts that many of the training examples before each, drawn under the seed.
-
-    Raises:
-        TaskError: more demonstrations than training examples.
-    """
-    prompts = word(base, task, examples, shots=shots, seed=seed)
-    return encode_all(base, prompts, [example.target for example in examples], task.max_new_tokens)
-
-
-class Packed:
-    """Encoded examples as right-padded tensors, from which any rows make a `Batch` for `Base.logits`.
-
-    `lengths` (N,) are each row's tokens, and `parts` where they are read: in one row of a causal model, or the prompt's in
-    the encoder and the answer's in the decoder. `width` is what one row holds, padded to the longest of each part.
-    """
-
-    def __init__(self, rows: Sequence[Encoded], base: Base):
-        self.start, self.lengths = base.decoder_start, np.array([len(row) for row in rows])
-        self.starts = np.array([len(row.prompt) for row in rows])
-        together = self.start is None
-        self.parts = (self.lengths,) if together else (self.starts, self.lengths - self.starts)
-        self.width = sum(int(part.max()) for part in self.parts)
-        ids = np.zeros((len(rows), self.parts[0].max()), np.int32)
-        labels = np.full((len(rows), self.parts[-1].max()), -100, np.int32)
-        for i, row in enumerate(rows):
-            read = row.prompt + row.answer if together else row.prompt
-            first = len(row.prompt) - 1 if together else 0  # the logits one place before predict it
-            ids[i, : len(read)], labels[i, first : first + len(row.answer)] = read, row.answer
-        self.ids, self.labels = torch.from_numpy(ids).to(base.device), torch.from_numpy(labels).to(base.device)
-
-    def batch(self, index: np.ndarray) -> Batch:
-        """These rows, with labels −100 outside answers; padding is trimmed to them."""
-        where = torch.from_numpy(index).to(self.ids.device)
-        length, last = (int(part[index].max()) for part in (self.parts[0], self.parts[-1]))
-        ids = self.ids[where, :length].long()
-        if self.start is None:
-            keep = length - int(self.starts[index].min()) + 1
-            return Batch(ids, self.labels[where, length - keep : length].long(), keep)
-        labels = self.labels[where, :last].long()
-        mask = torch.arange(length) < torch.from_numpy(self.starts[index])[:, None]
-        decoder = labels.roll(1, 1).clamp(min=0)  # a label's padding is no token
-        decoder[:, 0] = self.start
-        return Batch(ids, labels, last, mask.to(ids.device), decoder)
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,8 +78,11 @@ def score(
     """Score G groups of N examples each; group g under the g-th group of the updates.
 
     For a population of candidates on the same examples, repeat the list. Batches hold at most `max_tokens` tokens,
-    padding included (default 16,384 on a processor, 524,288 on a GPU). `loss` of logits and labels gives sums and counts
-    per row, whose quotient is `Scores.loss`.
+    padding included (default: `Base.room`); where memory runs out on a GPU they are halved until they fit, down to one
+    example of each group. `loss` of logits and labels gives sums and counts per row, whose quotient is `Scores.loss`.
+
+    What all prompts of every group begin with is read once for each group, and its keys and values are shared, where that
+    is 64 tokens or more and two thirds of the longest row. `Scores.tokens` counts it for every example, as a prompt's cost.
 
     Raises:
         MergeError: groups of unequal size, or updates that cannot be split among them.
@@ -216,7 +97,6 @@ def score(
     }
     if any(total % n for n in parts):
         raise MergeError(f"{total} groups of examples cannot be split among {told} candidates")
-    budget = max_tokens or (524_288 if base.device.type == "cuda" else 16_384)
     lists = {id(group): group for group in groups}
     first = dict(zip(lists, np.cumsum([0, *[count] * (len(lists) - 1)]).tolist(), strict=True))
     rows = [row for group in lists.values() for row in group]
@@ -224,24 +104,78 @@ def score(
     order = np.stack([np.argsort(packed.lengths[first[id(g)] : first[id(g)] + count], kind="stable") for g in groups])
     places = order + np.array([first[id(group)] for group in groups])[:, None]
     unit = math.lcm(*(total // n for n in parts if n > 1))  # a batch never splits what one stack or candidate covers
-    chunk = max(unit, min(total, budget // packed.width) // unit * unit)
+    shared = _shared(lists.values(), packed) if count > 1 else 0
+    tight = base.model.config.get_text_config().vocab_size > _SMALL and base.model.get_output_embeddings() is not None
+    longest = int((packed.lengths - packed.starts).max())
+    units = max((update.A.shape[-2] for update in (updates or {}).values()), default=0)
+    budget = max_tokens or base.room("score", longest / packed.width, units=units, cached=shared > 0)
     losses, match, tokens = torch.zeros(total, count), torch.zeros(total, count, dtype=torch.bool), 0
-    for start in range(0, total, chunk):
-        stop = min(total, start + chunk)
-        step = max(1, budget // ((stop - start) * packed.width))
-        part = slice_groups(updates, start, stop, total) if updates and told > 1 else updates
+
+    def scored(index: np.ndarray, prefix: Prefix | None) -> list[Tensor]:
+        """Losses and matches of these rows; all else that it made is let go."""
+        batch = packed.batch(index.reshape(-1), tight=tight)
+        if prefix is not None:
+            at = None if batch.at is None else batch.at - shared
+            batch = replace(batch, ids=batch.ids[:, shared:], at=at, prefix=prefix)
+        logits = base.next_token_logits(batch)
+        sums, counts = loss(logits, batch.labels)
+        right = _answers_right(logits.argmax(-1), batch.labels, base.stop_ids).cpu()
+        return [(sums / counts).cpu().view(index.shape), (right & reach[index.reshape(-1)]).view(index.shape)]
+
+    def fill(start: int, stop: int, at: int) -> int:
+        """Groups start … stop from their at-th example on, as far as memory for one of each lasts; where it ended."""
+        nonlocal budget, shared, tokens
+        part, prefix = slice_groups(updates, start, stop, total) if updates and told > 1 else updates, None
         with compose(base.model, part) if part else nullcontext():
-            for at in range(0, count, step):
-                index = places[start:stop, at : at + step]
-                batch = packed.batch(index.reshape(-1))
-                tokens += int(packed.lengths[index].sum())
-                logits = base.next_token_logits(batch)
-                sums, counts = loss(logits, batch.labels)
-                right = _answers_right(logits.argmax(-1), batch.labels, base.stop_ids).cpu()
+            while at < count:
+                step = min(count - at, max(1, budget // ((stop - start) * packed.width)))
+                index, found = places[start:stop, at : at + step], None
+                try:
+                    if shared and prefix is None:
+                        prefix = base.prefix(packed.ids[torch.from_numpy(index[:, 0]), :shared].long())
+                        shared = shared if prefix else 0
+                    found = scored(index, prefix)
+                except torch.cuda.OutOfMemoryError:
+                    if step == 1 and stop - start <= unit:
+                        raise
+                if found is None:
+                    base.held["score"] = budget = (stop - start) * step * packed.width // 2
+                    if step == 1:
+                        break
+                    continue
                 where = torch.arange(start, stop)[:, None], torch.from_numpy(order[start:stop, at : at + step])
-                losses[where] = (sums / counts).cpu().view(index.shape)
-                match[where] = (right & reach[index.reshape(-1)]).view(index.shape)
+                losses[where], match[where] = found
+                tokens += int(packed.lengths[index].sum())
+                at += step
+        return at
+
+    todo = [(0, total, 0)]
+    while todo:
+        start, stop, at = todo.pop()
+        chunk = max(unit, min(stop - start, budget // packed.width) // unit * unit)
+        if start + chunk < stop:
+            todo.append((start + chunk, stop, at))
+        if (end := fill(start, start + chunk, at)) < count:
+            todo.append((start, start + chunk, end))
     return Scores(losses, match, tokens)
+
+
+def _shared(lists: Iterable[Sequence[Encoded]], packed: Packed) -> int:
+    """How many tokens all prompts of every list begin with, alike within a list; 0 where it is too few to pay.
+
+    The last token of a prompt is never one of them: it predicts the answer's first.
+    """
+    if packed.start is not None:
+        return 0
+    least = int(packed.starts.min()) - 1
+    if least < _PREFIX or 3 * least < 2 * packed.width:
+        return 0
+    alike = least
+    for rows in lists:
+        ends = [min(row.prompt for row in rows), max(row.prompt for row in rows)]  # what these share, all share
+        same = np.equal(*(np.array(end[:alike]) for end in ends))
+        alike = int(same.cumprod().sum())
+    return alike if alike >= _PREFIX and 3 * alike >= 2 * packed.width else 0
 
 
 def _answers_right(best: Tensor, labels: Tensor, stops: Sequence[int]) -> Tensor:
@@ -262,14 +196,15 @@ def evaluate(
     split: str = "test",
     shots: int = 0,
     seed: int = 0,
+    once: bool = False,
 ) -> Scores:
     """Score a task's split by its metric, under updates of one or more groups (None: the base alone, zero-shot or in
-    context).
+    context, see `encode_task`).
     """
     from workbench.judging import judged  # which stands above this module
 
     examples = getattr(task, split)
-    rows = encode_task(base, task, examples, shots=shots, seed=seed)
+    rows = encode_task(base, task, examples, shots=shots, seed=seed, once=once)
     told = max((update.groups for update in (updates or {}).values()), default=1)
     return judged(base, [task] * told, [examples] * told, [rows] * told, updates)
 

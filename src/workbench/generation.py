@@ -31,8 +31,8 @@ def generate(
             which are those of `workbench.evaluate.score`. An encoder–decoder reads the prompts and writes from its start
             token.
         limit: new tokens at most, the stop token counted.
-        max_tokens: tokens in one batch, padding and those to be written included (default 16,384 on a processor, 524,288
-            on a GPU); a batch holds at least one prompt of each group.
+        max_tokens: tokens in one batch, padding and those to be written included (default: `Base.room`); where memory runs
+            out on a GPU batches are halved until they fit. A batch holds at least one prompt of each group.
 
     Returns:
         For each prompt its new token ids; the last is a stop token (any of `Base.stop_ids`) unless the limit came first.
@@ -51,7 +51,9 @@ def generate(
     count = max((len(group) for group in groups), default=0)
     if not count:
         return [[] for _ in groups]
-    budget = max_tokens or (524_288 if base.device.type == "cuda" else 16_384)
+    widest = limit + max(len(prompt) for group in groups for prompt in group)
+    units = max((update.A.shape[-2] for update in (updates or {}).values()), default=0)
+    budget = max_tokens or base.room("generate", 1 / widest, units=units, cached=True)
     filler = min((prompt for group in groups for prompt in group), key=len)  # evens the groups out, and is thrown away
     rows = [[*group, *[filler] * (count - len(group))] for group in groups]
     order = [sorted(range(count), key=lambda i, row=row: len(row[i])) for row in rows]
@@ -62,8 +64,15 @@ def generate(
             step = 1
             while at + step < count and _cost(rows, order, at + step + 1, limit) * (step + 1) <= budget:
                 step += 1
-            index = [(g, i) for g, places in enumerate(order) for i in places[at : at + step]]
-            written = _written(base, [rows[g][i] for g, i in index], settings)
+            index, written = [(g, i) for g, places in enumerate(order) for i in places[at : at + step]], None
+            try:
+                written = _written(base, [rows[g][i] for g, i in index], settings)
+            except torch.cuda.OutOfMemoryError:
+                if step == 1:
+                    raise
+            if written is None:
+                base.held["generate"] = budget = _cost(rows, order, at + step, limit) * step // 2
+                continue
             for (g, i), ids in zip(index, written, strict=True):
                 out[g][i] = ids
             at += step
