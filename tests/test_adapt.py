@@ -32,7 +32,7 @@ QUICK = {
     "prior": {"steps": 2, "merge_steps": 2, "rank": 2},
     "ridge": {"iterations": 1, "penalties": (1.0,), "lengths": (1.0,)},
 }
-SCHEDULE = {"steps", "lr", "batch", "every", "clip", "weight_decay", "warmup"}
+SCHEDULE = {"steps", "lr", "batch", "every", "clip", "weight_decay", "warmup", "checkpoint"}
 
 
 @pytest.fixture(scope="module")

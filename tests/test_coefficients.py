@@ -377,7 +377,8 @@ def test_softmax_from_zero_is_the_average_at_every_granularity(base, stacks, dat
 def test_draws_keep_their_order_beside_others(base):
     """Of a layer's modules a fit may lack the first, so that its slots come in another order than all together's."""
     names = ["l.0.mlp.gate", "l.0.mlp.experts.0.up", "l.0.mlp.shared"]
-    place = SimpleNamespace(layers=dict.fromkeys(names, (4, 4)), device=torch.device("cpu"))
+    model = SimpleNamespace(get_submodule=lambda name: torch.nn.Linear(4, 4))
+    place = SimpleNamespace(layers=dict.fromkeys(names, (4, 4)), device=torch.device("cpu"), model=model)
     whole = Stack.of([random_adapter(place.layers, 2, i) for i in range(2)])
     part = Stack.of([random_adapter(dict.fromkeys(names[1:], (4, 4)), 2, i) for i in range(2)])
     together, alone = _Theta([whole, part], place, "sublayer", "linear"), _Theta([part], place, "sublayer", "linear")
@@ -683,3 +684,24 @@ def test_a_base_in_bf16_learns_coefficients_in_fp32(stacks, granularity):
     assert fitted.curves.best < fitted.curves.validation[0] - 0.1
     assert {f.B.dtype for f in fitted.adapter.modules.values()} == {torch.float32}
     assert not any(p.requires_grad for p in base.model.parameters())
+
+
+def test_frozen_factors_are_held_in_the_type_of_their_layer(stacks):
+    """Filled up with zeros as the others, one stack's without a copy; a layer of another type keeps its own."""
+    base = tiny_base()
+    whole = side_by_side(stacks, base)
+    base.model.bfloat16()
+    base.model.model.layers[0].mlp.down_proj.float()
+    held = side_by_side(stacks, base, frozen=True)
+    assert list(held) == list(whole)
+    for module, (b, a, owner) in held.items():
+        dtype = torch.float32 if module == "model.layers.0.mlp.down_proj" else torch.bfloat16
+        assert torch.equal(b, whole[module][0].to(dtype))
+        assert torch.equal(a, whole[module][1].to(dtype))
+        assert torch.equal(owner, whole[module][2])
+        assert (b.dtype, a.dtype) == (dtype, dtype)
+    for module, (b, a, owner) in side_by_side(stacks[:1], tiny_base(), frozen=True).items():
+        units = stacks[0].modules[module]
+        assert torch.equal(b[0], units.B)
+        assert torch.equal(a[0], units.A)
+        assert torch.equal(owner[0], units.owner)

@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,18 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fitting import minibatches
-from helpers import hook_count, peft_s_own_warnings, random_adapter, relative, some_examples, tiny_base
+from helpers import (
+    hook_count,
+    peft_s_own_warnings,
+    random_adapter,
+    relative,
+    some_examples,
+    tiny_base,
+    tiny_causal,
+    tiny_gpt2,
+    tiny_t5,
+)
+from workbench.adapt import gradient
 from workbench.adapt.fresh import NEW_ADAPTER, PROJECTIONS, Plan, start_factors, train_fresh
 from workbench.adapt.gradient import Schedule, clip_each, cosine_rate, fit
 from workbench.compose import LowRank, compose, grouped, shared
@@ -483,3 +495,73 @@ def test_training_helps_and_saves_to_peft(base, tmp_path):
     assert float(got) == pytest.approx(float(curves.best), rel=1e-4)
     assert re.fullmatch("[0-9a-f]{64}", adapter.digest())
     assert adapter.base == "tiny"
+
+
+@pytest.mark.parametrize("sizes", [[3, 8, 11], [1], [5, 5]])
+def test_minibatches_are_shuffled_epochs_one_after_the_other(base, sizes):
+    schedule, first = Schedule(steps=7, batch=5), 0
+    drawn, real = gradient.minibatches(sizes, schedule, [7, 8, 9][: len(sizes)])
+    for i, size in enumerate(sizes):
+        examples, own = some_examples(base, size, i), min(5, size)
+        for rows, at in zip(minibatches(examples, own, 7, 7 + i), drawn[:, i], strict=True):
+            assert [examples[place - first] for place in at[:own]] == rows
+            assert set(at[own:]) <= {at[0]}
+        assert real[i].tolist() == [place < own for place in range(min(5, max(sizes)))]
+        first += size
+    assert gradient.minibatches([3], Schedule(steps=0), [0])[0].shape == (0, 1, 3)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "Gemma3"])
+def test_checkpoints_give_the_same_fit(kind, stack, base):
+    """Bit for bit, and each layer is run twice a step; nothing is left on the model."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    own = {"llama": lambda: base, "gpt2": tiny_gpt2, "t5": tiny_t5}.get(kind, lambda: tiny_causal(kind))()
+    train = [some_examples(own, n, n) for n in (3, 6)]
+    schedule = Schedule(steps=3, lr=1e-2, batch=4)
+    layers = [layer for layer in own.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    calls, found = [], []
+    seen = [layer.register_forward_pre_hook(lambda *_: calls.append(1)) for layer in layers]
+    inner = [next(m for m in layer.modules() if isinstance(m, torch.nn.LayerNorm) or "Norm" in type(m).__name__)
+             for layer in layers]  # fmt: skip
+    inner = [norm.register_forward_pre_hook(lambda *_: calls.append(0)) for norm in inner]
+    for again in (False, True):
+        calls.clear()
+        (one, two), curves = train_fresh(
+            own, ["a", "b"], train, None, replace(schedule, checkpoint=again), seeds=[0, 1]
+        )
+        found.append([curves.train, *(t for a in (one, two) for f in a.modules.values() for t in (f.A, f.B))])
+        assert calls.count(1) == 3 * len(layers)
+        assert calls.count(0) == 3 * len(layers) * (1 + again)
+    for handle in seen + inner:
+        handle.remove()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert not any("forward" in vars(layer) for layer in layers)
+    assert hook_count(own.model) == 0
+
+
+def test_checkpoints_hold_less(base, stack):
+    """What the graph holds between the passes, in numbers: the layers' inputs instead of all that is in them."""
+    batch, held = Packed(some_examples(base, 6, 0), base).batch(np.arange(6)), []
+    c = torch.full((1, len(stack.modules), len(stack)), 0.1, requires_grad=True)
+    for again in (False, True):
+        sizes = []
+        with (
+            compose(base.model, shared(stack, c)),
+            gradient.checkpointed(base.model) if again else nullcontext(),
+            torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t),
+        ):
+            base.logits(batch)
+        held.append(sum(sizes))
+    assert held[1] < 0.5 * held[0]
+
+
+def test_what_was_set_on_a_layer_before_checkpoints_is_there_after(base):
+    layer = base.model.model.layers[0]
+    layer.forward = own = layer.forward
+    try:
+        with pytest.raises(KeyError), gradient.checkpointed(base.model):
+            raise KeyError
+        assert vars(layer)["forward"] is own
+    finally:
+        del layer.forward

@@ -12,10 +12,10 @@ from workbench.adapt.coefficients import ACTIVATIONS, learn_coefficients
 from workbench.adapt.fitted import fold
 from workbench.adapt.fresh import Plan, start_factors, train_fresh
 from workbench.adapt.gradient import Schedule, cosine_rate
-from workbench.adapt.prior import PRIOR, prior
+from workbench.adapt.prior import PRIOR, _OnTop, prior
 from workbench.adapters import Adapter, Factors
 from workbench.base import Base
-from workbench.compose import grouped
+from workbench.compose import LowRank, grouped, slice_groups
 from workbench.errors import AdapterError, BaseError, MergeError
 from workbench.evaluate import encode, score
 from workbench.stack import Stack
@@ -315,3 +315,24 @@ def test_adapters_of_another_base_are_refused(base, data):
     stranger = Stack.of([Adapter("s", {"model.layers.9.mlp.up_proj": Factors(*draw(48, 32, 2, 1))})])
     with pytest.raises(BaseError, match="not in this base"):
         prior(base, [stranger], data[0][:1], data[1][:1], SHORT, seeds=[1])
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_one_update_on_top_of_another_is_their_units_together(gradients):
+    """Also moved, and cut to some of the groups."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    own, lower, c = (draw(4, 5, 2), draw(4, 2, 6)), (draw(4, 5, 3), draw(4, 3, 6)), draw(4, 3)
+    update = _OnTop(*own, b=lower[0], a=lower[1], w=c)
+    ones = torch.cat([c, torch.ones(4, 2, dtype=torch.float64)], 1)
+    both = LowRank(torch.cat([lower[0], own[0]], 2), torch.cat([lower[1], own[1]], 1), ones)
+    x, y = draw(8, 3, 6), draw(8, 3, 5)
+    part = slice_groups({"m": update}, 1, 3, 4)["m"]
+    with torch.set_grad_enabled(gradients):
+        want = both.apply(x, y.clone())
+        torch.testing.assert_close(update.to("cpu").apply(x, y.clone()), want)
+        torch.testing.assert_close(part.apply(x[2:6], y[2:6].clone()), want[2:6])
+    assert update.groups == 4

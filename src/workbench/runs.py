@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from workbench.adapt import ADAPTIVE, fit_many
 from workbench.adapt.arrow import routed
@@ -19,7 +20,7 @@ from workbench.baselines import BASELINES, train_many
 from workbench.compose import LowRank, grouped
 from workbench.controls import BUT_OWN, SHUFFLED, random_like, shuffled
 from workbench.errors import MergeError
-from workbench.evaluate import Encoded, encode_task, score
+from workbench.evaluate import Encoded, Scores, encode_task, score
 from workbench.judging import judged
 from workbench.merge import Dense, collect, merge, methods
 from workbench.nano import world
@@ -186,19 +187,35 @@ class Workplace:
         for split, prefix in (("test", ""), ("train", "train_"), ("validation", "validation_")):
             if shots and split == "train":
                 continue  # the demonstrations come from there
-            groups = [self.encoded(case, split, shots) for case in cases]
-            tasks, splits = [case.task for case in cases], [getattr(case.task, split) for case in cases]
-            result = judged(self.base, tasks, splits, groups, updates)
-            for row, accuracy, loss, encoded in zip(
-                facts, result.accuracy.tolist(), result.loss.mean(1).tolist(), groups, strict=True
+            result = self.judged(cases, split, updates, shots)
+            for row, accuracy, loss, case in zip(
+                facts, result.accuracy.tolist(), result.loss.mean(1).tolist(), cases, strict=True
             ):
                 row |= {f"{prefix}accuracy": accuracy, f"{prefix}loss": loss}
                 if split == "test":
+                    encoded = self.encoded(case, split, shots)
                     row["tokens_per_example"] = sum(map(len, encoded)) / len(encoded)
         if plain:
-            for row, adapter, stable in zip(facts, adapters, stable_ranks(updates).tolist(), strict=True):
-                row |= {"rank": adapter.rank, "norm": adapter.norm(), "stable_rank": stable}
+            sizes = zip(_norms(updates).tolist(), stable_ranks(updates).tolist(), strict=True)
+            for row, adapter, (norm, stable) in zip(facts, adapters, sizes, strict=True):
+                row |= {"rank": adapter.rank, "norm": norm, "stable_rank": stable}
         return [Outcome(row) for row in facts]
+
+    def judged(
+        self, cases: Sequence[Case], split: str, updates: Mapping[str, LowRank] | None, shots: int = 0
+    ) -> Scores:
+        """One split of each case under its group of the updates."""
+        groups = [self.encoded(case, split, shots) for case in cases]
+        return judged(self.base, [c.task for c in cases], [getattr(c.task, split) for c in cases], groups, updates)
+
+
+def _norms(updates: Mapping[str, LowRank]) -> Tensor:
+    """(G,) ‖ΔW‖_F over all modules of grouped updates, as `Adapter.norm` has it of each."""
+    total = 0.0
+    for update in updates.values():
+        b, a = update.B.double(), update.A.double()
+        total = total + ((b.mT @ b) * (a @ a.mT)).sum((1, 2))
+    return total.clamp_min(0).sqrt().cpu()  # NaN stays NaN
 
 
 def run(place: Workplace, recipe, cases: Sequence[Case]) -> list[Outcome]:
@@ -269,13 +286,13 @@ def _merged(place: Workplace, recipe, cases: Sequence[Case], stacks: Sequence[St
     adapters = [place.merged(recipe, stack) for stack in stacks]
     validation = [place.encoded(case, "validation") for case in cases]
     best = tune_scales(place.base, adapters, validation)
-    unscaled = place.scored(cases, adapters)
+    unscaled = place.judged(cases, "test", grouped(adapters, place.base.device)).accuracy.tolist()
     outcomes = place.scored(cases, [adapter.times(scale) for adapter, scale in zip(adapters, best, strict=True)])
     for outcome, plain, scale, rows in zip(outcomes, unscaled, best, validation, strict=True):
         fed = len(SCALES) * len(rows), len(SCALES) * sum(map(len, rows))
         outcome.facts |= {
             "scale": scale,
-            "accuracy_unscaled": plain.facts["accuracy"],
+            "accuracy_unscaled": plain,
             "passes": fed[0],
             "tokens": fed[1],
             "parameters": 1,

@@ -90,10 +90,10 @@ class _Theta:
         self.modules, self.k = modules_of(stacks, base), len(stacks[0])
         self.slot = slots(self.modules, granularity)
         self.unit, self.act = granularity == "unit", ACTIVATIONS[activation]
-        self.pieces = side_by_side(stacks[:1] if all(s is stacks[0] for s in stacks) else stacks, base)
+        self.pieces = side_by_side(stacks[:1] if all(s is stacks[0] for s in stacks) else stacks, base, frozen=True)
         self.softmax = activation == "softmax"
         g = len(stacks)
-        ranks = [[len(stack.modules.get(module, ())) for stack in stacks] for module in self.modules]
+        ranks = [[len(stack.outline.get(module, ())) for stack in stacks] for module in self.modules]
         self.ranks = torch.tensor(ranks, device=base.device)  # (M, G)
         shapes = [(g, max(row)) for row in ranks] if self.unit else [(g, max(self.slot) + 1, self.k)]
         self.tensors = [torch.zeros(shape) for shape in shapes]
@@ -119,10 +119,10 @@ class _Theta:
     def to(self, device: torch.device) -> None:
         self.tensors = [tensor.to(device) for tensor in self.tensors]
 
-    def values(self, i: int, owner: Tensor) -> Tensor:
-        """(G, R) coefficients of module i's units."""
+    def values(self, i: int, owner: Tensor, slots: Sequence[Tensor] | None = None) -> Tensor:
+        """(G, R) coefficients of module i's units; `slots` are the tensor's, where several modules are asked for."""
         if not self.unit:
-            return self.act(self.tensors[0][:, self.slot[i]]).gather(1, owner)
+            return self.act(slots[self.slot[i]] if slots else self.tensors[0][:, self.slot[i]]).gather(1, owner)
         theta = self.tensors[i]
         if not self.softmax:
             return self.act(theta)
@@ -136,9 +136,10 @@ class _Theta:
 
     def updates(self) -> dict[str, LowRank]:
         """The stack's units under the coefficients as they are."""
-        out = {}
+        once = len(set(self.slot)) == len(self.slot) and not self.unit
+        out, slots = {}, self.tensors[0].unbind(1) if once else None  # one gradient for all slots, not one each
         for i, (module, (b, a, owner)) in enumerate(self.pieces.items()):
-            c = self.values(i, owner.expand(len(self.tensors[0]), -1))
+            c = self.values(i, owner.expand(len(self.tensors[0]), -1), slots)
             out[module] = LowRank(b[0], a[0], c) if len(b) == 1 else LowRank(b, a, c)
         return out
 

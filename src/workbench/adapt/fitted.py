@@ -75,20 +75,42 @@ def unit_means(stack: Stack, units: Mapping[str, Tensor]) -> Tensor:
     return out
 
 
-def side_by_side(stacks: Sequence[Stack], base: Base) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Per module of G stacks B (G, d_out, R), A (G, R, d_in) and owner (G, R), filled up with zeros, on the base's device."""
+def side_by_side(
+    stacks: Sequence[Stack], base: Base, *, frozen: bool = False
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Per module of G stacks B (G, d_out, R), A (G, R, d_in) and owner (G, R), filled up with zeros, on the base's device.
+
+    frozen: factors that take no gradient, held in the type that the layer computes in, to which they would be cast at every
+    step otherwise; those of a single stack may be the stack's own.
+    """
     out = {}
     for module in modules_of(stacks, base, alike=False):
         units = [stack.modules.get(module) for stack in stacks]
         widest = max(len(u) for u in units if u is not None)
         d_out, d_in = next(u.shape for u in units if u is not None)
-        B, A = torch.zeros(len(units), d_out, widest), torch.zeros(len(units), widest, d_in)
+        dtype = _computes_in(base, module) if frozen else torch.float32
+        if frozen and len(units) == 1:
+            (u,) = units
+            out[module] = (
+                u.B[None].to(base.device, dtype),
+                u.A[None].to(base.device, dtype),
+                u.owner[None].to(base.device),
+            )
+            continue
+        B, A = torch.zeros(len(units), d_out, widest, dtype=dtype), torch.zeros(len(units), widest, d_in, dtype=dtype)
         owner = torch.zeros(len(units), widest, dtype=torch.long)
         for g, u in enumerate(units):
             if u is not None:
-                B[g, :, : len(u)], A[g, : len(u)], owner[g, : len(u)] = u.B.cpu(), u.A.cpu(), u.owner.cpu()
+                B[g, :, : len(u)], A[g, : len(u)], owner[g, : len(u)] = u.B, u.A, u.owner
         out[module] = (B.to(base.device), A.to(base.device), owner.to(base.device))
     return out
+
+
+def _computes_in(base: Base, module: str) -> torch.dtype:
+    """The type of a layer's weight, or of the base's where it is quantised."""
+    weight = getattr(base.model.get_submodule(module), "weight", None)
+    plain = weight is not None and weight.is_floating_point() and weight.dtype.itemsize > 1
+    return weight.dtype if plain else base.dtype
 
 
 def modules_of(stacks: Sequence[Stack], base: Base, *, alike: bool = True) -> list[str]:
@@ -102,13 +124,13 @@ def modules_of(stacks: Sequence[Stack], base: Base, *, alike: bool = True) -> li
         raise MergeError(
             f"fits side by side need stacks of equally many adapters, got {sorted({len(s) for s in stacks})}"
         )
-    found = {module: units.shape for stack in stacks for module, units in stack}
+    found = {module: units.shape for stack in stacks for module, units in stack.outline.items()}
     if absent := [module for module in found if module not in base.layers]:
         raise BaseError(
             f"{len(absent)} of {len(found)} modules are not in this base, such as {absent[0]!r}; are the adapters of another base?"
         )
     for stack in stacks:
-        for module, units in stack:
+        for module, units in stack.outline.items():
             if units.shape != base.layers[module]:
                 (d_out, d_in), (rows, columns) = units.shape, base.layers[module]
                 raise AdapterError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -123,7 +123,7 @@ class _Merge:
     """The merged part under G new adapters: its units side by side, and θ (G, M, K), from zero or where a fit left it."""
 
     def __init__(self, base: Base, stacks: Sequence[Stack], fits: Sequence[Fitted] | None):
-        self.modules, self.pieces = modules_of(stacks, base), side_by_side(stacks, base)
+        self.modules, self.pieces = modules_of(stacks, base), side_by_side(stacks, base, frozen=True)
         self.theta = torch.zeros(len(stacks), len(self.modules), len(stacks[0]))
         for g, fitted in enumerate(fits or ()):
             value = fitted.coefficients
@@ -185,7 +185,8 @@ def _train(
     def updates() -> dict[str, LowRank]:
         new = {m: LowRank(b * plan.scale, a) for m, (b, a) in factors.items()}
         merged = under.updates() if under else {}
-        return merged | {m: _behind(merged[m], own) if m in merged else own for m, own in new.items()}
+        both = {m: _OnTop(own.B, own.A, b=u.B, a=u.A, w=u.c) for m, own in new.items() if (u := merged.get(m))}
+        return merged | new | both
 
     curves = fit(
         base,
@@ -201,10 +202,19 @@ def _train(
     return _Trained(factors, under, curves)
 
 
-def _behind(first: LowRank, second: LowRank) -> LowRank:
-    """Two updates of as many groups as one: the units of the first, under their coefficients, and those of the second."""
-    ones = first.c.new_ones(len(second.A), second.A.shape[1])
-    return LowRank(torch.cat([first.B, second.B], 2), torch.cat([first.A, second.A], 1), torch.cat([first.c, ones], 1))
+@dataclass(frozen=True, kw_only=True)
+class _OnTop(LowRank):
+    """Updates of G groups with others, b, a and their coefficients w, under them: one after the other, so that only what is
+    trained has its gradient taken.
+    """
+
+    b: Tensor
+    a: Tensor
+    w: Tensor
+    stacked: ClassVar[tuple[str, ...]] = ("B", "A", "b", "a", "w")
+
+    def apply(self, x: Tensor, y: Tensor) -> Tensor:
+        return super().apply(x, LowRank(self.b, self.a, self.w).apply(x, y))
 
 
 def _on_top(base: Base, merged: Adapter, new: Adapter) -> Adapter:

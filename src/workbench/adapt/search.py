@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from queue import SimpleQueue
+from threading import Thread
 from typing import Literal
 
 import numpy as np
@@ -147,11 +148,12 @@ def lorahub(
 ) -> list[Fitted]:
     """Search weights in [−1.5, 1.5] from 0, one per adapter, for G fits; each counts its own evaluations up to `budget`.
 
-    cma: pycma (σ₀ 0.5), w = 0 first, the generations of all fits in one forward pass. cobyla: scipy, one candidate at a
-    time (what nevergrad's NGOpt resolves to at these sizes). Returns the best candidate ever evaluated; `curves.train` is
-    the objective of each evaluation. `watch` is called with the number of evaluations, after each generation of all fits
-    (cma) or after each evaluation, fit after fit (cobyla); once it has asked to stop, fits to come evaluate w = 0 alone.
-    A budget below a generation (4 + ⌊3 ln K⌋) is spent on w = 0 and that generation's first candidates.
+    cma: pycma (σ₀ 0.5), w = 0 first, the generations of all fits in one forward pass. cobyla: scipy, one candidate of each
+    fit at a time (what nevergrad's NGOpt resolves to at these sizes); on a GPU those of all fits in one forward pass, whose
+    rounding can send COBYLA, which compares values, another way than alone. Returns the best candidate ever evaluated;
+    `curves.train` is the objective of each evaluation. `watch` is called with the number of
+    evaluations of each fit after every pass; once it has asked to stop, no more are made. A budget below a generation
+    (4 + ⌊3 ln K⌋) is spent on w = 0 and that generation's first candidates.
 
     Raises:
         MergeError: an unknown space, optimiser or objective, a budget below 1, stacks of unequal size, or a base that
@@ -175,11 +177,13 @@ def lorahub(
     k = len(stacks[0])
     lengths = [torch.tensor([float(len(row.answer)) for row in rows]) for rows in train]
 
-    pieces = side_by_side(stacks, base) if space == "delta" else {}
+    pieces = side_by_side(stacks, base, frozen=True) if space == "delta" else {}
 
     def values(which: Sequence[int], candidates: np.ndarray) -> np.ndarray:
         weights = torch.from_numpy(candidates).float()
-        mine = {module: tuple(tensor[list(which)] for tensor in piece) for module, piece in pieces.items()}
+        mine = pieces
+        if len(which) < len(stacks):
+            mine = {module: tuple(tensor[list(which)] for tensor in piece) for module, piece in pieces.items()}
         losses = population_losses(base, [stacks[i] for i in which], weights, [train[i] for i in which], space, mine)
         found = [objective_value(losses[j], lengths[i], weights[j], objective) for j, i in enumerate(which)]
         return (
@@ -198,18 +202,13 @@ def lorahub(
         best = [search.best for search in searches]
         histories = [search.history for search in searches]
     else:
-        stopped = False
 
-        def stop(i: int, done: int, lowest: float) -> bool:
-            nonlocal stopped
-            if watch is not None and not stopped:
-                stopped = bool(watch(i * budget + done, len(stacks) * budget, lowest))
-            return stopped
+        def each(which: Sequence[int], at: np.ndarray) -> np.ndarray:
+            if not _apart(base):
+                return values(which, at[:, None])[:, 0]
+            return np.stack([values([i], w[None, None])[0, 0] for i, w in zip(which, at, strict=True)])
 
-        every = [
-            _cobyla(lambda w, i=i: values([i], w[None, None])[0, 0], k, budget, partial(stop, i))
-            for i in range(len(stacks))
-        ]
+        every = _cobyla(each, len(stacks), k, budget, watch)
         best, histories = zip(*every, strict=True)
     out = []
     for g, stack in enumerate(stacks):
@@ -230,26 +229,79 @@ def lorahub(
     return out
 
 
+def _apart(base: Base) -> bool:
+    """Whether COBYLA's candidates are evaluated fit by fit, so that each gets bit for bit what it would get alone."""
+    return base.device.type == "cpu"
+
+
 def _cobyla(
-    value: Callable[[np.ndarray], float], dimension: int, budget: int, stop: Callable[[int, float], bool]
-) -> tuple[np.ndarray, list[float]]:
+    values: Callable[[Sequence[int], np.ndarray], np.ndarray], n: int, dimension: int, budget: int, watch: Watch | None
+) -> list[tuple[np.ndarray, list[float]]]:
+    """The best candidate and each evaluation's value of n searches, each in a thread of its own.
+
+    scipy calls for one value at a time. When every search that goes on has asked for one, all are found together, here, by
+    `values` of the searches' places and of their candidates (asked, K): in the same order however threads are run.
+    """
+    seen: list[list[tuple[float, np.ndarray]]] = [[] for _ in range(n)]
+    asked: SimpleQueue = SimpleQueue()
+    answers = [SimpleQueue() for _ in range(n)]
+
+    def search(i: int) -> None:
+        failed = None
+        try:
+            _minimise(lambda w: asked.put((i, w, None)) or answers[i].get(), dimension, budget, seen[i])
+        except _Ended:
+            pass
+        except BaseException as error:
+            failed = error
+        asked.put((i, None, failed))
+
+    for i in range(n):
+        Thread(target=search, args=(i,), daemon=True).start()
+    going, done, stop = n, 0, False
+    try:
+        while going:
+            told = sorted((asked.get() for _ in range(going)), key=lambda one: one[0])
+            for error in (one[2] for one in told if one[2] is not None):
+                raise error
+            told = [(i, w) for i, w, _ in told if w is not None]
+            if stop or not told:
+                break
+            found, done = values([i for i, _ in told], np.stack([w for _, w in told])), done + 1
+            for (i, w), value in zip(told, found.tolist(), strict=True):
+                seen[i].append((value, w))
+            lowest = [min(value for value, _ in one) for one in seen]
+            stop = watch is not None and bool(watch(done, budget, float(np.mean(lowest))))
+            going = len(told)
+            for (i, _), value in zip(told, found.tolist(), strict=True):
+                answers[i].put(_Ended() if stop else value)
+    finally:
+        for one in answers:
+            one.put(_Ended())  # nobody waits for ever
+    return [(min(one, key=lambda pair: pair[0])[1], [value for value, _ in one]) for one in seen]
+
+
+class _Ended(Exception):
+    """Ends a search from outside."""
+
+
+def _minimise(
+    ask: Callable[[np.ndarray], float | _Ended], dimension: int, budget: int, seen: Sequence[tuple[float, np.ndarray]]
+) -> None:
     from scipy.optimize import minimize
 
-    seen: list[tuple[float, np.ndarray]] = []
-    ended = False
-
-    def counted(w: np.ndarray) -> float:
-        nonlocal ended
-        if not ended:  # COBYLA's own count allows a few more
-            seen.append((float(value(np.clip(w, -BOUND, BOUND))), np.clip(w, -BOUND, BOUND).copy()))
-            ended = stop(len(seen), min(loss for loss, _ in seen)) or len(seen) >= budget
-        return seen[-1][0]
+    def value(w: np.ndarray) -> float:
+        if len(seen) >= budget:  # COBYLA's own count allows a few more
+            return seen[-1][0]
+        found = ask(np.clip(w, -BOUND, BOUND))
+        if isinstance(found, _Ended):
+            raise found
+        return found
 
     minimize(
-        counted,
+        value,
         np.zeros(dimension),
         method="COBYLA",
         bounds=[(-BOUND, BOUND)] * dimension,
         options={"maxiter": max(budget, dimension + 2), "rhobeg": 0.5},
     )
-    return min(seen, key=lambda pair: pair[0])[1], [loss for loss, _ in seen]
