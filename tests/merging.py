@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
+import pytest
 import torch
 
+from workbench import singular
 from workbench.adapters import Adapter, Factors
-from workbench.merge import Dense
+from workbench.merge import Dense, elementwise, lego, registry
 from workbench.stack import Stack
 
 SHAPES = {"wide": (7, 11), "tall": (12, 5), "square": (6, 6)}
@@ -58,3 +62,12 @@ def weighted_sum(adapters, weights, divide=lambda present: 1):
         ]
         out[module] = sum(parts) / divide(len(parts))
     return {module: out[module] for module in Stack.of(adapters).modules}
+
+
+@contextmanager
+def as_on_a_gpu():
+    """The ways that a GPU is asked for things, on a processor: `on_processor` says no wherever it is asked."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (singular, elementwise, lego, registry):
+            patch.setattr(module, "on_processor", lambda x: False)
+        yield

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merging import deltas, gap, pool, single
+from merging import as_on_a_gpu, deltas, gap, pool, single
 from workbench.adapters import Adapter
 from workbench.errors import MergeError
 from workbench.merge import merge, methods
@@ -261,10 +261,11 @@ def test_della_s_window_narrows_at_the_edges():
 @pytest.mark.parametrize("name", ELEMENTWISE)
 def test_only_a_few_dense_matrices_are_held_at_once(monkeypatch, name):
     """As many for 30 adapters as for 3, and never more than four (weak references tell)."""
-    alive, most, plain = weakref.WeakSet(), 0, Units.delta
+    alive, most, made, plain = weakref.WeakSet(), 0, 0, Units.delta
 
     def watched(self, coefficients=None):
-        nonlocal most
+        nonlocal most, made
+        made += 1
         out = plain(self, coefficients)
         alive.add(out)
         most = max(most, len(alive))
@@ -273,9 +274,10 @@ def test_only_a_few_dense_matrices_are_held_at_once(monkeypatch, name):
     monkeypatch.setattr(Units, "delta", watched)
     found = []
     for n in (3, 30):
-        most = 0
+        most = made = 0
         merge(pool(n), name)
         found.append(most)
+        assert made == n * 3  # each ΔW once
     assert found[0] == found[1] <= 4
 
 
@@ -300,8 +302,8 @@ def test_density_0_gives_0_and_density_1_the_whole():
 
 def test_the_steps_by_themselves():
     x = torch.tensor([[3.0, -1, 2], [-2, 0, 0.5]])
-    assert [float(threshold(x, share)) for share in (1 / 6, 2 / 6, 3 / 6, 1.0)] == [3, 2, 2, 0]
-    assert float(threshold(x, 0.0)) == math.inf
+    assert [float(threshold(x.abs(), share)) for share in (1 / 6, 2 / 6, 3 / 6, 1.0)] == [3, 2, 2, 0]
+    assert float(threshold(x.abs(), 0.0)) == math.inf
     assert drop(x.clone(), 0.0, True, 0).count_nonzero() == 0
     assert torch.equal(drop(x.clone(), 1.0, True, 0), x)
     weights = torch.tensor([2.0, 0.0, -1.0])
@@ -310,3 +312,45 @@ def test_the_steps_by_themselves():
     # 2x − 1 over the weights of the entries that are not 0
     assert torch.allclose(got, torch.tensor([[5 / 3, -1, 1], [-5 / 3, -1, 0]]))
     assert consensus(lambda i: x.clone(), [], weights).count_nonzero() == 0
+
+
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 10_000),
+    n=st.integers(1, 6),
+    elect=st.sampled_from(["total", "frequency", "none"]),
+    divide=st.sampled_from(["count", "weights", "none"]),
+)
+def test_the_consensus_of_one_pass_is_its_definition(seed, n, elect, divide):
+    """Small whole numbers, so that sums are exact, many entries are 0 and many sums too."""
+    g = torch.Generator().manual_seed(seed)
+    parts = torch.randint(-2, 3, (n, 6, 7), generator=g).double()
+    weights = torch.tensor([1.0, -1.0, 0.5, 2.0, -0.5, 0.0], dtype=torch.float64)[torch.randperm(6, generator=g)[:n]]
+    chosen = weights.nonzero().flatten().tolist()
+    x = parts[chosen] * weights[chosen, None, None]
+    if elect != "none":
+        x = torch.where(x.sign() == (x if elect == "total" else x.sign()).sum(0).sign(), x, 0.0)
+    size = (x != 0) * (weights[chosen].abs() if divide == "weights" else torch.ones(len(chosen)))[:, None, None]
+    want = x.sum(0) / (1.0 if divide == "none" else torch.where(size.sum(0) > 0, size.sum(0), 1.0))
+    got = consensus(lambda i: parts[i].clone(), chosen, weights, elect=elect, divide=divide)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_threshold_of_a_gpu_is_the_same_value(dtype):
+    g = torch.Generator().manual_seed(0)
+    for sizes in (torch.rand(50, 40, generator=g).to(dtype), torch.randint(0, 4, (30, 7), generator=g).to(dtype)):
+        for share in (0.0, 0.0004, 0.01, 0.2, 0.5, 0.99, 1.0):
+            with as_on_a_gpu():
+                got = threshold(sizes, share)
+            assert torch.equal(got, threshold(sizes, share))
+            assert int((sizes >= got).sum()) >= round(share * sizes.numel())
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_a_gpu_s_way_gives_the_same(name):
+    adapters = pool(5, absent={(0, "wide"), (3, "square")})
+    with as_on_a_gpu():
+        got = merge(adapters, name, weights=[1, -0.5, 2, 0, 1])
+    want = merge(adapters, name, weights=[1, -0.5, 2, 0, 1])
+    assert all(torch.equal(got.modules[m], want.modules[m]) for m in want.modules)

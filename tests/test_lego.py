@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
+from merging import as_on_a_gpu, gap
 from workbench.adapters import Adapter, Factors
 from workbench.canonical import CANONICAL, canonical
 from workbench.errors import MergeError
@@ -359,3 +360,50 @@ def test_canonical_forms_leave_every_adapter_s_delta_alone(seed, form):
         assert close(units.of(i).delta(), stack.modules["m"].of(i).delta())
     if form != "raw":
         assert torch.allclose(units.A.norm(dim=1), units.B.norm(dim=0))
+
+
+# By inner products, as on a GPU ------------------------------------------------------------------------------------------
+
+
+def inertia(x, labels):
+    return sum(float((x[labels == c] - x[labels == c].mean(0)).square().sum()) for c in labels.unique())
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.3, 1.0, 10.0])
+@pytest.mark.parametrize("k", [2, 5, 12])
+def test_inner_products_cluster_vectors_as_well_as_scikit_learn(noise, k):
+    ratios = []
+    for seed in range(4):  # by chance either may end in the better optimum
+        units = Stack.of(groups(8, 12, noise=noise, seed=seed, shape=(30, 40))[0]).modules["m"]
+        x = features(units)
+        with as_on_a_gpu():
+            labels = cluster(units, k, seed=seed)
+        ratios.append(inertia(x, labels) / inertia(x, cluster(units, k, seed=seed)))
+        assert labels.unique().tolist() == list(range(k))
+        centres = torch.stack([x[labels == c].mean(0) for c in range(k)])
+        own = (x - centres[labels]).square().sum(1)
+        assert (own <= torch.cdist(x, centres).square().min(1).values + 1e-9).all()  # Lloyd's step leaves it
+    assert np.mean(ratios) <= 1.02
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_inner_products_find_what_is_far_apart_and_the_order_of_units_decides_nothing(normalise):
+    adapters, _, _ = groups(5, 6)
+    units = Stack.of(adapters).modules["m"]
+    order = torch.randperm(len(units), generator=torch.Generator().manual_seed(1))
+    want = cluster(units, 5, normalise=normalise)
+    with as_on_a_gpu():
+        got = cluster(units, 5, normalise=normalise)
+        assert torch.equal(cluster(units[order], 5, normalise=normalise), got[order])
+        assert gap(merge(adapters, "lego", normalise=normalise), merge(adapters, "lego", normalise=normalise)) == 0
+    assert adjusted_rand_score(got, want) == 1.0
+
+
+@pytest.mark.parametrize("form", CANONICAL)
+def test_a_gpu_s_way_merges_the_same_where_groups_are_clear(form):
+    adapters = groups()[0]
+    with as_on_a_gpu():
+        got = merge(adapters, "lego", canonical=form)
+        copies = merge([replace(pool(1, rank=2)[0], name=f"copy{i}") for i in range(4)], "lego", k=5, canonical=form)
+    assert gap(got, merge(adapters, "lego", canonical=form)) < 1e-9
+    assert copies.rank == 2  # fewer different units than k

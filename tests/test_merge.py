@@ -23,7 +23,7 @@ from helpers import (
     tiny_gpt2,
     write_peft,
 )
-from merging import SHAPES, deltas, gap, pool, single, weighted_sum
+from merging import SHAPES, as_on_a_gpu, deltas, gap, pool, single, weighted_sum
 from workbench.adapters import Adapter, Factors
 from workbench.errors import AdapterError, BaseError, MergeError, SelectionError
 from workbench.merge import INVARIANCES, Count, Dense, Share, merge, method, methods, truncate
@@ -642,3 +642,20 @@ def test_a_method_is_added_in_eight_lines(scratch):
     with pytest.raises(MergeError, match="unknown invariances sign"):
         method("other", paper="", invariances={"sign"})
     assert "largest" in methods()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gpu_s_way_of_cutting_and_fetching_gives_the_same(dtype):
+    adapters = pool(3, dtype=dtype, shapes={"m": (20, 30), "n": (6, 4)})
+    for name, rank in (("ties", None), ("ties", 3), ("svd", 2), ("sum", 2), ("average", None), ("svd", None)):
+        want = run(adapters, name, rank=rank, scale=0.5)
+        with as_on_a_gpu():
+            got = run(adapters, name, rank=rank, scale=0.5)
+        assert gap(got, want) < (1e-5 if dtype == torch.float32 else 1e-12)
+        assert got.info.get("error", {}) == pytest.approx(want.info.get("error", {}), abs=1e-5)
+
+
+def test_values_whose_sum_overflows_are_finite_all_the_same():
+    large = torch.full((4, 2), 2e38)
+    got = merge([Adapter("large", {"m": Factors(large, torch.full((2, 3), 1e-10))})], "sum")
+    assert torch.equal(got.modules["m"].B, large)

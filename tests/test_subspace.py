@@ -1,5 +1,7 @@
 """Subspace merges against dense float64 oracles (NumPy, on ΔW, from the papers' formulas), and where they degenerate."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from merging import deltas, gap, pool, single, weighted_sum
+from merging import as_on_a_gpu, deltas, gap, pool, single, weighted_sum
 from workbench.adapters import Adapter, Factors
 from workbench.errors import MergeError
 from workbench.merge import merge, methods
@@ -524,8 +526,9 @@ def test_random_dropping_is_unbiased_when_rescaled(name):
 # All of them --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("way", [nullcontext, as_on_a_gpu])
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=IDS)
-def test_fp32_is_close_to_fp64(name, options):
+def test_fp32_is_close_to_fp64(name, options, way):
     shapes = {"low": (60, 50), "full": (12, 16)}  # Σ r below and above min(d_out, d_in)
     wide = pool(6, 11, shapes=shapes)
     narrow = [
@@ -534,15 +537,23 @@ def test_fp32_is_close_to_fp64(name, options):
     ]
     exact = [Adapter(a.name, {m: Factors(f.B.double(), f.A.double()) for m, f in a.modules.items()}) for a in narrow]
     weights = [1.0, -0.5, 2.0, 1.0, 0.25, -1.0]
-    got = merge(narrow, name, weights=weights, **options)
+    with way():
+        got = merge(narrow, name, weights=weights, **options)
     assert all(f.B.dtype == f.A.dtype == torch.float32 for f in got.modules.values())
     assert gap(got, merge(exact, name, weights=weights, **options)) < 2e-4
     assert all(f.B.dtype == torch.float64 for f in merge(wide, name, weights=weights, **options).modules.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=IDS)
-def test_zero_adapters_copies_opposites_and_single_rows_are_merged_quietly(name, options, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "way"), [(torch.float32, nullcontext), (torch.float64, nullcontext), (torch.float32, as_on_a_gpu)]
+)
+def test_zero_adapters_copies_opposites_and_single_rows_are_merged_quietly(name, options, dtype, way):
+    with way():
+        _quietly(name, options, dtype)
+
+
+def _quietly(name, options, dtype):
     one = pool(1, ranks=(3,), shapes={"m": (7, 5)}, dtype=dtype)[0]
     zero = Adapter("zero", {"m": Factors(torch.zeros(7, 2, dtype=dtype), torch.zeros(2, 5, dtype=dtype))})
     untrained = Adapter("untrained", {"m": Factors(torch.zeros(7, 2, dtype=dtype), torch.ones(2, 5, dtype=dtype))})
@@ -557,11 +568,13 @@ def test_zero_adapters_copies_opposites_and_single_rows_are_merged_quietly(name,
 
 
 @pytest.mark.parametrize(("name", "options"), [v for v in VARIANTS if "gauge" in methods()[v[0]].invariant(**v[1])])
-def test_lopsided_factors_do_not_overflow(name, options):
+@pytest.mark.parametrize("way", [nullcontext, as_on_a_gpu])
+def test_lopsided_factors_do_not_overflow(name, options, way):
     """B · 2⁸⁰ and A / 2⁸⁰, in fp32: BᵀB would be infinite."""
     adapters = pool(3, shapes={"m": (12, 11)}, dtype=torch.float32)
     far = [Adapter(a.name, {m: Factors(f.B * 2.0**80, f.A * 2.0**-80) for m, f in a.modules.items()}) for a in adapters]
-    assert gap(merge(far, name, **options), merge(adapters, name, **options)) < 1e-4
+    with way():
+        assert gap(merge(far, name, **options), merge(adapters, name, **options)) < 1e-4
 
 
 @pytest.mark.parametrize("n", [1, 5, 40])
@@ -575,6 +588,20 @@ def test_no_more_units_than_directions_for_any_number_of_adapters(name, options,
     for module, f in update.modules.items():
         most = min(units, *shapes[module]) if "sum" not in options.values() else units
         assert f.rank <= most
+
+
+@pytest.mark.parametrize("n", [4, 12, 40])
+@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=IDS)
+def test_gram_matrices_merge_as_lapack_does(name, options, n):
+    """Ragged ranks, an absent module, a copy; Σ r above and below min(d_out, d_in)."""
+    shapes = {"low": (90, 130), "full": (12, 16)}
+    adapters = pool(n, 3, shapes=shapes, dtype=torch.float32, absent={(1, "full")})
+    twin = {m: Factors(f.B.flip(1), f.A.flip(0)) for m, f in adapters[0].modules.items()}
+    adapters = [*adapters, Adapter("twin", twin)]
+    with as_on_a_gpu():
+        got = merge(adapters, name, **options)
+    exact = [Adapter(a.name, {m: Factors(f.B.double(), f.A.double()) for m, f in a.modules.items()}) for a in adapters]
+    assert gap(got, merge(exact, name, **options)) < 1e-3
 
 
 class Largest(TorchDispatchMode):

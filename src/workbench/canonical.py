@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 
 from workbench.errors import MergeError
-from workbench.stack import Units, factored_svd
+from workbench.singular import factored_svd, places
+from workbench.stack import Units
 
 __all__ = ["CANONICAL", "canonical"]
 
@@ -31,9 +32,8 @@ def canonical(units: Units, form: str = "raw") -> Units:
         return units
     if form == "svd":
         B, A = units.B.clone(), units.A.clone()
-        for i in units.owner.unique().tolist():
-            own = units.owner == i
-            rank = int(own.sum())
+        for own in places(units.owner).values():
+            rank = len(own)
             u, s, vh = factored_svd(units.B[:, own], units.A[own])
             q = min(rank, len(s))
             b, a = units.B.new_zeros(B.shape[0], rank), units.A.new_zeros(rank, A.shape[1])

@@ -20,6 +20,8 @@ from workbench.merge.linear import sum_
 from workbench.merge.registry import method
 from workbench.merge.subspace import iso_c, lowered, nothing, numerical_rank, tsv
 from workbench.options import Share
+from workbench.singular import left as _left
+from workbench.singular import places
 from workbench.stack import Stack, Units
 
 __all__ = ["core", "core_dare", "knots_dare", "knots_ties"]
@@ -160,7 +162,9 @@ def _product(left: Tensor, middle: Tensor, right: Tensor | None = None) -> tuple
     """left · middle · right as factors, of as few units as their shapes allow."""
     if left.shape[1] <= middle.shape[1]:
         return left, middle if right is None else middle @ right
-    return left @ middle, torch.eye(middle.shape[1]).to(middle) if right is None else right
+    if right is None:
+        right = torch.eye(middle.shape[1], dtype=middle.dtype, device=middle.device)
+    return left @ middle, right
 
 
 def _dare(
@@ -193,19 +197,5 @@ def _side_by_side(B: Tensor, A: Tensor, owner: Tensor) -> Tensor:
 
     A_iᵀ = Q_i R_i (QR), so ΔW_i = B_i R_iᵀ Q_iᵀ, and Q_i is dropped.
     """
-    parts = [B[:, owner == i] @ torch.linalg.qr(A[owner == i].T).R.T for i in owner.unique().tolist()]
+    parts = [B[:, own] @ torch.linalg.qr(A[own].T, mode="r").R.T for own in places(owner).values()]
     return torch.cat(parts, 1) if parts else B
-
-
-def _left(x: Tensor) -> tuple[Tensor, Tensor]:
-    """All left singular vectors of (d, k), (d, min(d, k)), and the singular values.
-
-    By way of QR, which works column by column: the vectors span each column to rounding, however small it is beside the
-    others.
-    """
-    if x.shape[1] >= x.shape[0]:
-        u, s, _ = torch.linalg.svd(x, full_matrices=False)
-        return u, s
-    q, r = torch.linalg.qr(x)
-    u, s, _ = torch.linalg.svd(r)
-    return q @ u, s

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from workbench.adapters import Adapter, Factors, scaled
 from workbench.compose import layer_shape, stores_transposed
 from workbench.errors import AdapterError, BaseError, MergeError
-from workbench.stack import factored_svd
+from workbench.singular import factored_svd, svd
 
 __all__ = ["Dense", "cut", "truncate"]
 
@@ -116,7 +116,7 @@ def cut(update: Tensor | Factors, rank: int) -> tuple[Factors, float]:
     """
     rank = _checked(rank)
     if isinstance(update, Tensor):
-        return _cut(torch.linalg.svd(update, full_matrices=False), rank)
+        return _cut(svd(update), rank)
     if rank >= update.rank:
         return update, 0.0
     factors, error = _cut(factored_svd(update.B, update.A), rank)

@@ -1,8 +1,9 @@
 """Merges that look at single entries of ΔW: sparsify each ΔW_i, perhaps elect a sign per entry, add up.
 
 They are run on ΔW = s B A and never on B and A apart, where the outcome would depend on how each adapter happened to be
-factored (a relative change of about 1). Dense matrices are made one adapter and module at a time, so memory is a few of
-them, however many adapters there are. The conventions, which papers and libraries do not share:
+factored (a relative change of about 1). Each ΔW_i is made once, one adapter and module at a time: what is positive and what
+is negative is summed apart, so that the elected sign can choose between the two sums at the end. Memory is a few dense
+matrices, however many adapters there are. The conventions, which papers and libraries do not share:
 
 - trim: per tensor. A share of the entries is a number of them, rounded; with the smallest that stays, all that equal it
   stay, so that how ties are broken never matters.
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from workbench.merge.registry import method
 from workbench.options import Share
+from workbench.singular import on_processor, places
 from workbench.stack import Units
 
 __all__ = [
@@ -42,8 +44,8 @@ __all__ = [
     "drop",
     "magnitude_prune",
     "mask_seed",
+    "threshold",
     "ties",
-    "trim",
 ]
 
 Elect = Literal["total", "frequency", "none"]
@@ -113,13 +115,13 @@ def della(
     """
     columns = units.shape[1]
     window = min(window, 2 * density, 2 * (1 - density)) if columns > 1 else 0.0
-    found = seeds(units, seed)
+    found, whole = seeds(units, seed), deltas(units)
 
     def part(i: int) -> Tensor:
-        delta = units.of(i).delta()
+        delta = whole(i)
         rising = torch.linspace(-0.5, 0.5, columns, dtype=delta.dtype, device=delta.device) * window + density
         chance = torch.empty_like(delta).scatter_(1, delta.abs().argsort(1), rising.expand_as(delta))
-        return drop(delta, chance, rescale, found[i])
+        return drop(delta, chance, rescale, found(i))
 
     return consensus(part, present(units, weights), weights, elect=elect, divide=divide)
 
@@ -138,15 +140,13 @@ def breadcrumbs(
 
     Then Σ_i w_i ΔW_i as in the paper, or TIES' election and mean. At density 1 everything but the outliers stays.
     """
-    limits: dict[int, tuple[Tensor, Tensor]] = {}
+    whole = deltas(units)
 
     def part(i: int) -> Tensor:
-        delta = units.of(i).delta()
-        if i not in limits:
-            limits[i] = threshold(delta, outliers), threshold(delta, min(1.0, outliers + density))
-        top, low = limits[i]
-        size = delta.abs()
-        return delta.mul_((size >= low) & (size < top))
+        delta = whole(i)
+        sizes = delta.abs()
+        top, low = threshold(sizes, outliers), threshold(sizes, min(1.0, outliers + density))
+        return delta.mul_((sizes >= low) & (sizes < top))
 
     if density == 0:
         return units.B.new_zeros(units.shape)
@@ -158,12 +158,14 @@ def breadcrumbs(
 
 def present(units: Units, weights: Tensor) -> list[int]:
     """The adapters that have the module and a weight other than 0."""
-    return [i for i in units.owner.unique().tolist() if weights[i] != 0]
+    known = weights.tolist()
+    return [i for i in units.owner.unique().tolist() if known[i] != 0]
 
 
 def deltas(units: Units) -> Part:
     """i → ΔW_i, made anew at every call."""
-    return lambda i: units.of(i).delta()
+    own = places(units.owner)
+    return lambda i: units[own.get(i, slice(0))].delta()
 
 
 def consensus(
@@ -172,53 +174,54 @@ def consensus(
     """Σ_i w_i x_i over the entries that agree with the elected sign, divided as asked; see the module's docstring.
 
     Args:
-        part: i → x_i, a matrix of its own at every call (it is changed in place), the same every time.
+        part: i → x_i, a matrix of its own (it is changed in place), asked for once.
         chosen: the adapters to merge, at least one unless all are to give 0 (then the shape is that of part(0)).
         weights: (N,).
     """
     if not chosen:
         return torch.zeros_like(part(0))
-    sign = None
-    if elect != "none":
-        for i in chosen:
-            x = part(i).mul_(weights[i])
-            x = x if elect == "total" else x.sign_()
-            sign = x if sign is None else sign.add_(x)
-        sign.sign_()
-    total = divisor = None
+    known, electing = weights.tolist(), elect != "none"
+    total, sizes, heads = [], [], None
     for i in chosen:
-        x = part(i).mul_(weights[i])
-        if sign is not None:
-            x.mul_(x * sign > 0)
-        if divide != "none":
-            share = (x != 0) * (weights[i].abs() if divide == "weights" else weights.new_ones(()))
-            divisor = share if divisor is None else divisor.add_(share)
-        total = x if total is None else total.add_(x)
-    return total if divisor is None else total / torch.where(divisor > 0, divisor, 1.0)
+        x = part(i) if known[i] == 1 else part(i).mul_(known[i])
+        if not total:  # one sum, or one of what is positive and one of what is negative
+            total = [torch.zeros_like(x) for _ in range(1 + electing)]
+            sizes = [torch.zeros_like(x) for _ in total] if divide != "none" else []
+            heads = torch.zeros_like(x) if elect == "frequency" else None
+        if heads is not None:
+            heads += x.sign()
+        for place, y in enumerate((x.clamp(min=0), x.clamp(max=0)) if electing else (x,)):
+            total[place] += y
+            if sizes:
+                sizes[place].add_(y != 0, alpha=abs(known[i]) if divide == "weights" else 1.0)
+    if electing:
+        lead = total[0] + total[1] if heads is None else heads
+        total, sizes = ([torch.where(lead > 0, *pair)] if pair else [] for pair in (total, sizes))
+        total[0].mul_(lead != 0)
+    return total[0].div_(torch.where(sizes[0] > 0, sizes[0], 1.0)) if sizes else total[0]
 
 
-def threshold(x: Tensor, share: float) -> Tensor:
-    """The smallest magnitude among the round(share · entries) largest, at least one; infinity where the share is 0."""
+def threshold(sizes: Tensor, share: float) -> Tensor:
+    """The smallest among the round(share · entries) largest magnitudes, at least one; infinity where the share is 0.
+
+    Exactly that on every device. `kthvalue` is the fast way on a processor; on a GPU one block does all of its work, where
+    `topk` spreads its own over all.
+    """
     if share <= 0:
-        return x.new_tensor(float("inf"))
-    keep = max(1, round(share * x.numel()))
-    return x.abs().flatten().kthvalue(x.numel() - keep + 1).values
-
-
-def trim(x: Tensor, limit: Tensor) -> Tensor:
-    """Entries below the limit set to 0, in place."""
-    return x.mul_(x.abs() >= limit)
+        return sizes.new_full((), float("inf"))
+    keep = max(1, round(share * sizes.numel()))
+    if on_processor(sizes):
+        return sizes.flatten().kthvalue(sizes.numel() - keep + 1).values
+    return sizes.flatten().topk(keep, sorted=False).values.amin()
 
 
 def trimmed(part: Part, density: float) -> Part:
-    """`part` with each matrix trimmed to its share of largest entries; the thresholds are found once."""
-    limits: dict[int, Tensor] = {}
+    """`part` with all but the share of largest entries of each matrix set to 0."""
 
     def out(i: int) -> Tensor:
         x = part(i)
-        if i not in limits:
-            limits[i] = threshold(x, density)
-        return trim(x, limits[i])
+        sizes = x.abs()
+        return x.mul_(sizes >= threshold(sizes, density))
 
     return out
 
@@ -226,22 +229,24 @@ def trimmed(part: Part, density: float) -> Part:
 def drop(x: Tensor, chance: Tensor | float, rescale: bool, seed: int) -> Tensor:
     """Entries kept with their chance and, with `rescale`, divided by it; in place. A chance of 0 gives 0."""
     generator = torch.Generator(x.device).manual_seed(seed)
-    kept = torch.rand(x.shape, generator=generator, device=x.device) < chance
-    x.mul_(kept)
-    if rescale:
-        chance = torch.as_tensor(chance, dtype=x.dtype, device=x.device)
+    x.mul_(torch.rand(x.shape, generator=generator, device=x.device) < chance)
+    if rescale and isinstance(chance, Tensor):
         x.div_(torch.where(chance > 0, chance, 1.0))
+    elif rescale and chance > 0:
+        x.div_(chance)
     return x
 
 
-def dropped(part: Part, found: dict[int, int], density: float, rescale: bool) -> Part:
+def dropped(part: Part, found: Callable[[int], int], density: float, rescale: bool) -> Part:
     """`part` under DARE's masks."""
-    return lambda i: drop(part(i), density, rescale, found[i])
+    return lambda i: drop(part(i), density, rescale, found(i))
 
 
-def seeds(units: Units, seed: int) -> dict[int, int]:
-    """The seed of each adapter's mask in this module."""
-    return {i: mask_seed(seed, units.of(i)) for i in units.owner.unique().tolist()}
+def seeds(units: Units, seed: int) -> Callable[[int], int]:
+    """i → the seed of its mask in this module; hashed when asked for, while a GPU still works on what was asked before."""
+    units = units.to("cpu")
+    own = places(units.owner)
+    return lambda i: mask_seed(seed, units[own.get(i, slice(0))])
 
 
 def mask_seed(seed: int, own: Units) -> int:

@@ -5,6 +5,7 @@ arXiv 2409.16167; its authors published no code, so each choice that the paper l
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Literal
 
@@ -15,7 +16,8 @@ from workbench.canonical import canonical as canonical_form
 from workbench.errors import MergeError
 from workbench.merge.registry import method
 from workbench.options import Count
-from workbench.stack import Stack, Units, factored_svd
+from workbench.singular import factored_svd, on_processor, places
+from workbench.stack import Stack, Units
 
 __all__ = ["centroid", "cluster", "features", "inner_products", "lego"]
 
@@ -93,7 +95,7 @@ def lego(
     if k < len(units):
         units = canonical_form(units, canonical)
         labels = cluster(units, k, outer=canonical == "outer", normalise=normalise, seed=seed, starts=starts)
-        parts = [units[labels == c] for c in range(int(labels.max()) + 1)]
+        parts = [units[own] for own in places(labels).values()]
         centroids = [centroid(part, canonical == "outer", norm if parameter_reweighting else None) for part in parts]
         B, A = torch.stack([b for b, _ in centroids], 1), torch.stack([a for _, a in centroids])
     if output_reweighting:
@@ -141,19 +143,22 @@ def cluster(
 ) -> Tensor:
     """(R,) clusters 0 … q − 1 of units in their canonical form; q ≤ k, less where fewer than k units differ.
 
-    The units are sorted by content first, so that their order decides nothing. k ≥ R puts each in its own cluster.
+    The units are sorted by content first, so that their order decides nothing. k ≥ R puts each in its own cluster. On a
+    processor scikit-learn clusters vectors; on a GPU, and of matrices, it is done by inner products.
     """
     if k >= len(units):
         return torch.arange(len(units), device=units.owner.device)
     order = _by_content(units)
     units = units[order]
-    if outer:
-        found = _kernel_kmeans(inner_products(units, outer=True, normalise=normalise), k, seed, starts)
+    if outer or not on_processor(units.A):
+        trials = 1 if outer else 2 + int(math.log(k))  # as many as scikit-learn's
+        inner = inner_products(units, outer=outer, normalise=normalise)
+        found = _kernel_kmeans(inner, k, seed, starts, trials)
     else:
         found = _kmeans(features(units, normalise), k, seed, starts)
     _, found = found.unique(return_inverse=True)  # no empty clusters
     labels = torch.empty_like(found)
-    labels[order.cpu()] = found
+    labels[order.to(found.device)] = found
     return labels.to(units.owner.device)
 
 
@@ -176,14 +181,13 @@ def _kmeans(x: Tensor, k: int, seed: int, starts: int) -> Tensor:
         return torch.from_numpy(model.fit_predict(x.cpu().numpy())).long()
 
 
-def _kernel_kmeans(inner: Tensor, k: int, seed: int, starts: int, steps: int = 300) -> Tensor:
+def _kernel_kmeans(inner: Tensor, k: int, seed: int, starts: int, trials: int = 1, steps: int = 300) -> Tensor:
     """k-means from inner products alone: ‖x − μ_C‖² = ⟨x, x⟩ − 2 Σ_{j∈C} ⟨x, x_j⟩ / |C| + Σ_{i,j∈C} ⟨x_i, x_j⟩ / |C|²."""
-    inner = inner.cpu()
     own = inner.diagonal()
     generator = torch.Generator().manual_seed(seed)
-    best, least = torch.zeros(len(inner), dtype=torch.long), float("inf")
+    best, least = torch.zeros(len(inner), dtype=torch.long, device=inner.device), float("inf")
     for _ in range(starts):
-        centres = _plus_plus(inner, k, generator)
+        centres = _plus_plus(inner, k, generator, trials)
         labels = (own[centres] - 2 * inner[:, centres]).argmin(1)
         for _ in range(steps):
             members = torch.nn.functional.one_hot(labels, len(centres)).to(inner)
@@ -191,7 +195,8 @@ def _kernel_kmeans(inner: Tensor, k: int, seed: int, starts: int, steps: int = 3
             cross = inner @ means
             distance = own[:, None] - 2 * cross + (means * cross).sum(0)
             empty = (members.sum(0) == 0).nonzero().flatten().tolist()
-            distance[:, empty] = float("inf")
+            if empty:
+                distance[:, empty] = float("inf")
             moved = distance.argmin(1)
             for c in empty:  # an empty cluster takes the unit that is worst served
                 far = int(distance.gather(1, moved[:, None])[:, 0].argmax())
@@ -205,16 +210,24 @@ def _kernel_kmeans(inner: Tensor, k: int, seed: int, starts: int, steps: int = 3
     return best
 
 
-def _plus_plus(inner: Tensor, k: int, generator: torch.Generator) -> list[int]:
-    """k-means++ seeding: each centre drawn in proportion to the squared distance to the nearest one so far."""
+def _plus_plus(inner: Tensor, k: int, generator: torch.Generator, trials: int) -> list[int]:
+    """k-means++ seeding: each centre drawn in proportion to the squared distance to the nearest one so far.
+
+    Of several drawn at once that one stays which leaves the least. Draws are the processor's, whatever the device.
+    """
     own = inner.diagonal()
     centres = [int(torch.randint(len(inner), (1,), generator=generator))]
     nearest = torch.full_like(own, float("inf"))
     while len(centres) < k:
         last = centres[-1]
         nearest = torch.minimum(nearest, own - 2 * inner[:, last] + own[last])
-        nearest[nearest <= 1e-12 * own.max()] = 0.0
-        if not nearest.any():
+        nearest.masked_fill_(nearest <= 1e-12 * own.max(), 0.0)
+        chances = nearest.cpu()
+        if not chances.any():
             break
-        centres.append(int(torch.multinomial(nearest, 1, generator=generator)))
+        drawn = torch.multinomial(chances, trials, replacement=True, generator=generator).to(inner.device)
+        if trials > 1:
+            distance = own[:, None] - 2 * inner[:, drawn] + own[drawn]
+            drawn = drawn[torch.minimum(nearest[:, None], distance).sum(0).argmin()]
+        centres.append(int(drawn))
     return centres

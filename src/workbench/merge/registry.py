@@ -25,6 +25,7 @@ from workbench.errors import MergeError
 from workbench.licences import gathered
 from workbench.merge.dense import Dense, cut
 from workbench.options import Count, Option, accepts, near, words
+from workbench.singular import on_processor
 from workbench.stack import Stack, Units
 
 if TYPE_CHECKING:
@@ -258,10 +259,10 @@ def merge(
     ranks = dict(zip(stack.modules, stack.ranks().amax(0).tolist(), strict=True))
     found, error = {}, {}
     for module, units in stack:  # cut here, so that one module's units and one whole result are held at a time
-        found[module] = _run(chosen, stack, module, units, each, settings, scale, statistics)
-        if rank is not None or (chosen.truncates and not chosen.dense):
-            found[module], error[module] = cut(found[module], rank or ranks[module])
-            found[module] = replace(found[module], embedding=units.embedding)
+        most = rank or (ranks[module] if chosen.truncates and not chosen.dense else None)
+        found[module], lost = _run(chosen, stack, units, each, settings, scale, statistics, most)
+        if lost is not None:
+            error[module] = lost
     if error:
         info["error"] = error
     if chosen.dense and rank is None:
@@ -276,18 +277,19 @@ merge.methods = methods
 def _run(
     chosen: Method,
     stack: Stack,
-    module: str,
     units: Units,
     weights: Tensor,
     settings: dict,
     scale: float,
     statistics: Statistics | None,
-) -> Tensor | Factors:
-    """One module's result, scaled and in main memory."""
+    rank: int | None,
+) -> tuple[Tensor | Factors, float | None]:
+    """One module's result, scaled, perhaps cut to a rank (and what share of the norm that lost), in main memory."""
+    module = units.module
     dtype = torch.promote_types(units.B.dtype, torch.float32)  # a sum in bf16 stalls (256 + 1 = 256)
     units = replace(units, B=units.B.to(dtype), A=units.A.to(dtype))
-    finite = torch.isfinite(units.B).all(0) & torch.isfinite(units.A).all(1)
-    if not finite.all():
+    if not (_finite(units.B) and _finite(units.A)):
+        finite = torch.isfinite(units.B).all(0) & torch.isfinite(units.A).all(1)
         culprits = ", ".join(stack.names[i] for i in units.owner[~finite].unique().tolist())
         raise MergeError(f"{module} holds values that are not finite in {culprits}; leave such adapters out")
     known = (statistics.of(units, stack.names),) if chosen.needs else ()
@@ -295,12 +297,33 @@ def _run(
         result = chosen.function(units, weights.to(units.B), *known, **settings)
     except torch.linalg.LinAlgError as error:
         raise MergeError(f"{chosen.name}: {module} has no singular values ({error}); lower the weights") from error
-    if not all(bool(torch.isfinite(part).all()) for part in ((result,) if chosen.dense else result)):
+    first, *others = (result,) if chosen.dense else result
+    parts, lost = [first if scale == 1 else first * scale, *others], None
+    fetched = [_fetch(part) for part in parts] if rank is None else []
+    if not all(map(_finite, parts)):
         raise MergeError(f"{chosen.name}: the result for {module} overflows; lower the weights")
-    if chosen.dense:
-        return (result * scale).cpu()
-    B, A = result
-    return Factors((B * scale).cpu().contiguous(), A.cpu().contiguous(), embedding=units.embedding)
+    if rank is not None:
+        cut_off, lost = cut(parts[0] if chosen.dense else Factors(*parts), rank)
+        fetched = [_fetch(cut_off.B), _fetch(cut_off.A)]
+    parts = [fetch() for fetch in fetched]
+    return Factors(*parts, embedding=units.embedding) if len(parts) > 1 else parts[0], lost
+
+
+def _finite(x: Tensor) -> bool:
+    """Whether all entries are, most often by one sum."""
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+
+
+def _fetch(x: Tensor) -> Callable[[], Tensor]:
+    """A function that gives x in main memory.
+
+    A GPU may still be computing x. Meanwhile all threads touch the pages that are to take it: a copy into untouched ones,
+    which one thread makes, goes at 1–2 GB/s.
+    """
+    if on_processor(x):
+        return x.contiguous
+    room = torch.empty(x.shape, dtype=x.dtype).zero_()
+    return lambda: room.copy_(x)
 
 
 def _report(stack: Stack, weights: Tensor, refused: Mapping[str, str]) -> pd.DataFrame:

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from workbench.merge.registry import method
 from workbench.options import Count, Share
-from workbench.stack import Stack, Units, factored_svd
+from workbench.singular import factored_svd, places
+from workbench.singular import polar as _polar
+from workbench.stack import Stack, Units
 
 __all__ = ["iso_c", "iso_cts", "lowered", "nothing", "numerical_rank", "polar", "tsv"]
 
@@ -44,14 +46,12 @@ def tsv(units: Units, weights: Tensor, *, per_adapter: Count | None = None) -> t
             result's notes say where.
     """
     units = units.weighted(weights)
-    owners, ranks = units.owner.unique(return_counts=True)
     if not len(units):
         return nothing(units)
-    room = min(units.shape)
-    each = _each(ranks.tolist(), room, per_adapter)
+    room, parts = min(units.shape), _parts(units)
+    each = _each([len(own) for own in parts], room, per_adapter)
     triplets = []
-    for i in owners.tolist():
-        own = units.of(i)
+    for own in parts:
         u, s, vh = factored_svd(own.B, own.A)
         kept = min(numerical_rank(s), max(1, each))
         triplets.append((u[:, :kept], s[:kept], vh[:kept]))
@@ -110,11 +110,10 @@ def iso_cts(
     u, s, vh = _sum(units)
     if not len(s):
         return nothing(units)
-    owners = units.owner.unique().tolist()
-    k, n = _split(len(s), len(owners), common)
+    parts = _parts(units)
+    k, n = _split(len(s), len(parts), common)
     found = [(u[:, :k], s[:k], vh[:k])]
-    for i in owners if n else ():
-        own = units.of(i)
+    for own in parts if n else ():
         rest = own.B - u[:, :k] @ (u[:, :k].T @ own.B)
         u_i, s_i, vh_i = factored_svd(rest, own.A)
         n_i = min(n, numerical_rank(s_i, _largest(own), derived=True))
@@ -151,9 +150,7 @@ def numerical_rank(s: Tensor, largest: Tensor | None = None, *, derived: bool = 
 
 def polar(x: Tensor) -> Tensor:
     """The polar factor of (d, k), k ≤ d: orthonormal columns, or the partial isometry where columns are dependent."""
-    u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    rank = numerical_rank(s, derived=True)
-    return u[:, :rank] @ vh[:rank]
+    return _polar(x, torch.finfo(x.dtype).eps ** 0.5)
 
 
 def lowered(stack: Stack, weights: Tensor, asked: int | None) -> list[str]:
@@ -198,6 +195,11 @@ def _split(rank: int, n: int, common: float) -> tuple[int, int]:
     return rank - each * n, each
 
 
+def _parts(units: Units) -> list[Units]:
+    """The units of each adapter that has any."""
+    return [units[own] for own in places(units.owner).values()]
+
+
 def _joined(triplets: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
     """[U_1 | U_2 | …], all the values, and the V_iᵀ below one another."""
     u, s, vh = zip(*triplets, strict=True)
@@ -209,7 +211,7 @@ def _sum(units: Units) -> tuple[Tensor, Tensor, Tensor]:
     if not len(units):
         return units.B[:, :0], units.B.new_zeros(0), units.A[:0]
     u, s, vh = factored_svd(units.B, units.A)
-    parts = torch.stack([_largest(units.of(i)) for i in units.owner.unique().tolist()])
+    parts = torch.stack([_largest(own) for own in _parts(units)])
     rank = numerical_rank(s, torch.maximum(s[0], parts.max()))
     return u[:, :rank], s[:rank], vh[:rank]
 
