@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -59,3 +60,15 @@ def test_the_command_is_installed_beside_python():
     command = Path(sys.executable).with_name("workbench")
     done = subprocess.run([command, "methods", "--json"], capture_output=True, text=True, check=True)
     assert {"sum", "lego"} <= {one["name"] for one in json.loads(done.stdout)}
+
+
+def test_a_benchmark_prints_its_ratios_and_stores_them(tmp_path):
+    result = called("bench", "--area", "matching", "--quick", "--device", "cpu", "--out", str(tmp_path))
+    assert result.exit_code == 0
+    assert result.stdout.startswith("area")
+    assert "teacher forcing" in result.stdout
+    assert pd.read_parquet(tmp_path / "bench_nano_cpu.parquet").ratio.notna().all()
+    assert (tmp_path / "bench_nano_cpu.png").stat().st_size > 5000
+    rows = json.loads(called("bench", "--area", "matching", "--quick", "--device", "cpu", "--json").stdout)
+    assert {row["area"] for row in rows} == {"matching"}
+    assert called("bench", "--area", "speed").exit_code == 2

@@ -1,6 +1,7 @@
 """Recipes beyond the plain ones: the target's own adapter, windows, every control, tuning, and each baseline."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 import workbench as wb
 from helpers import random_adapter, six_adapters, solved_task, tiny_base
+from workbench import runs
 from workbench.adapt import ADAPTIVE, fit_many
 from workbench.adapt.fitted import fold
 from workbench.adapt.fresh import NEW_ADAPTER, train_fresh
@@ -351,3 +353,12 @@ def test_spectra_against_dense_svd(base):
     with pytest.raises(MergeError, match="grouped updates"):
         stable_ranks({})
     assert set(MATCHES) < set(CONTROLS)
+
+
+def test_norms_of_grouped_adapters_are_each_one_s(base):
+    """Unequal ranks and modules, one that is zero and one that is not finite."""
+    adapters = [random_adapter(base, r, r, t, name=f"n{r}") for r, t in ((1, ["q_proj"]), (4, None), (3, ["v_proj"]))]
+    adapters += [adapters[0].times(0.0), adapters[1].times(float("nan"))]
+    found = runs._norms(grouped(adapters)).tolist()
+    assert found[:4] == pytest.approx([adapter.norm() for adapter in adapters[:4]], rel=1e-12)
+    assert math.isnan(found[4])

@@ -163,6 +163,42 @@ def fetch(
         _screened(Pool.open(f"hub:{_id(base)}", **options).table, as_json)
 
 
+@app.command()
+def bench(
+    area: Annotated[list[str] | None, typer.Option("--area", help="One area; repeatable. All of them without.")] = None,
+    scale: Annotated[str, typer.Option(help="The model's size: nano, 1B or 8B; its weights are random.")] = "nano",
+    device: Annotated[str, typer.Option(help="Where; by default a GPU where there is one.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Small work, to see whether it runs.")] = False,
+    out: Annotated[Path | None, typer.Option(help="A folder to write the table (Parquet) and its figure to.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how fast it is: ours beside the ways it is usually done, in one process, with ratios and peak memory."""
+    import torch
+
+    from workbench.bench.run import AREAS, draw, run, store
+
+    with _failures():
+        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        table = run(area or AREAS, scale, where, quick=quick, say=lambda line: typer.echo(line, err=True))
+    if out is not None:
+        path = store(table, out)
+        draw(table).savefig(path.with_suffix(".png"))
+    if as_json:
+        typer.echo(table.to_json(orient="records", indent=2))
+    else:
+        titles = ("area", "work", "way", "each, s", "ratio", "peak, MiB", "TFLOP/s", "GB/s", "error")
+        sizes = table.assign(peak=table["peak"] / 2**20, operations=table["operations"] / 1e12)
+        sizes["traffic"] /= 1e9
+        numbers = sizes[["each", "ratio", "peak", "operations", "traffic", "error"]].map(_short)
+        _print(
+            _columns(titles, zip(*(table[name] for name in ("area", "work", "way")), *numbers.T.values, strict=True))
+        )
+
+
+def _short(value: float) -> str:
+    return "" if value != value else f"{value:.3g}"
+
+
 def _asked(alias, quantised: bool, limit: int | None, cache: Path | None, offline: bool) -> dict:
     """The options that say which adapters are meant, as `hub.survey` takes them."""
     where = {"aliases": alias or (), "quantised": quantised, "limit": limit}

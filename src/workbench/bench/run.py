@@ -1,0 +1,109 @@
+"""A benchmark's lines as a table with ratios, as Parquet and as a figure."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from workbench.bench.measure import Line, ceilings
+from workbench.errors import SelectionError
+from workbench.results import provenance, write_parquet
+
+__all__ = ["AREAS", "draw", "run", "store", "tabulate"]
+
+AREAS = ("population", "matching", "coefficients", "fits", "similarity", "merging")
+
+
+def run(
+    areas: Sequence[str] = AREAS,
+    scale: str = "nano",
+    device: str = "cpu",
+    *,
+    quick: bool = False,
+    say: Callable[[str], object] = print,
+) -> pd.DataFrame:
+    """Measure some areas on a model of a scale, in this process, one line said as soon as it is there.
+
+    Returns:
+        `tabulate`'s table with scale, device, its ceilings (operations and bytes per second) and the versions.
+
+    Raises:
+        SelectionError: an unknown area.
+    """
+    if unknown := sorted(set(areas) - set(AREAS)):
+        raise SelectionError(f"no area {unknown[0]!r}; choose of {', '.join(AREAS)}")
+    lines, cuda = [], torch.device(device).type == "cuda"
+    most = ceilings(device, torch.bfloat16 if cuda and scale != "nano" else torch.float32)
+    for area in areas:
+        for line in importlib.import_module(f"workbench.bench.{area}").lines(scale, device, quick=quick):
+            lines.append(line)
+            say(f"{line.area}: {line.work}: {line.way}: {_seconds(line.each)} {f'a {line.unit}' if line.unit else ''}")
+        if cuda:
+            torch.cuda.empty_cache()
+    table = tabulate(lines)
+    table["of_operations"] = table["operations"] / most["operations"]
+    table["of_traffic"] = table["traffic"] / most["traffic"]
+    name = torch.cuda.get_device_name(device) if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return table.assign(scale=scale, device=name, quick=quick, **provenance())
+
+
+def tabulate(lines: Iterable[Line]) -> pd.DataFrame:
+    """One row a line: each (seconds for one unit), ratio (how many times as long the `against` way of the same work takes),
+    peak (bytes), operations and traffic per second.
+    """
+    lines = list(lines)
+    known = {(line.area, line.work, line.way): line.each for line in lines}
+    rows = [
+        {
+            **{name: getattr(line, name) for name in ("area", "work", "way", "against", "unit", "per", "each")},
+            "seconds": line.timing.seconds,
+            "spread": line.timing.spread,
+            "ratio": known.get((line.area, line.work, line.against), float("nan")) / line.each,
+            "peak": line.timing.peak,
+            "operations": (line.operations or float("nan")) / line.timing.seconds,
+            "traffic": (line.traffic or float("nan")) / line.timing.seconds,
+            "error": float("nan") if line.error is None else line.error,
+            "note": line.note,
+        }
+        for line in lines
+    ]
+    return pd.DataFrame(rows)
+
+
+def store(table: pd.DataFrame, folder: str | Path) -> Path:
+    """Write the table as FOLDER/bench_SCALE_KIND.parquet; areas that the file there has and the table lacks stay."""
+    kind = "cpu" if "threads" in table["device"].iloc[0] else "gpu"
+    path = Path(folder) / f"bench_{table['scale'].iloc[0]}_{kind}.parquet"
+    if path.is_file():
+        held = pd.read_parquet(path)
+        table = pd.concat([held[~held["area"].isin(table["area"])], table], ignore_index=True)
+    return write_parquet(table, path)
+
+
+def draw(table: pd.DataFrame):
+    """A bar for each way: how many times faster than the way it is compared with, on a logarithmic axis."""
+    from workbench import plots
+
+    shown = table[(table["way"] != table["against"]) & table["ratio"].notna()].iloc[::-1]
+    fig, ax = plots.figure(width=plots.TEXT, height=0.16 * len(shown) + 0.6)
+    names = [f"{area}: {work}: {way}" for area, work, way in shown[["area", "work", "way"]].itertuples(index=False)]
+    bars = ax.barh(range(len(shown)), shown["ratio"] - 1, left=1, color="C0", height=0.7)
+    against = [f"{ratio:.3g} × {way}" for ratio, way in shown[["ratio", "against"]].itertuples(index=False)]
+    ax.bar_label(bars, against, fontsize=5, padding=2)
+    ax.set_yticks(range(len(shown)), names, fontsize=5)
+    ax.set(xscale="log", xlabel="times as fast")
+    ax.axvline(1, color="0.4", linewidth=0.8)
+    ax.margins(x=0.3)
+    return fig
+
+
+def _seconds(value: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value / 1e-9:.3g} ns"

@@ -1,0 +1,79 @@
+"""The benchmark's own parts: times, models, ratios and what is stored. (Its areas are tried in files of their own.)"""
+
+import time
+
+import pandas as pd
+import pytest
+import torch
+
+from workbench.bench import SCALES, Line, Timing, ceilings, random_adapters, random_base, timed
+from workbench.bench.run import draw, run, store, tabulate
+from workbench.errors import BaseError, SelectionError
+from workbench.stack import Stack
+
+
+def line(way, seconds, *, area="merging", against="theirs", **other):
+    return Line(area, "ten adapters", way, against, Timing(seconds, 1.1, 2**20), **other)
+
+
+def test_the_median_of_the_repetitions_counts():
+    waits = iter([0.0, 0.001, 0.05, 0.02])
+    found = timed(lambda: time.sleep(next(waits)), "cpu", warm=1, repeat=3)
+    assert 0.02 <= found.seconds < 0.045
+    assert found.spread > 10
+
+
+def test_what_a_processor_reaches():
+    found = ceilings("cpu", torch.float32, size=256)
+    assert 1e8 < found["operations"] < 1e14
+    assert 1e7 < found["traffic"] < 1e13
+
+
+def test_a_random_model_has_the_shapes_of_its_scale():
+    base = random_base("nano", layers=2)
+    wanted = {name: shape for name, shape in SCALES["nano"].shapes().items() if int(name.split(".")[2]) < 2}
+    assert base.projections == wanted
+    logits = base.model(input_ids=torch.tensor([[3, 4, 5]])).logits
+    assert logits.shape == (1, 3, 90)
+    assert logits.isfinite().all()
+    again = random_base("nano", layers=2)
+    assert torch.equal(again.model(input_ids=torch.tensor([[3, 4, 5]])).logits, logits)
+    with pytest.raises(BaseError, match="choose one of nano, 1B, 8B"):
+        random_base("70B")
+
+
+def test_random_adapters_have_the_size_asked_for():
+    shapes = {"m": (300, 200)}
+    stack = Stack.of(random_adapters(shapes, 3, [4, 8, 16], size=0.5))
+    assert [stack.modules["m"].of(i).A.shape[0] for i in range(3)] == [4, 8, 16]
+    for norm in stack.gram().diagonal().sqrt() / (300 * 200) ** 0.5:
+        assert 0.4 < float(norm) < 0.6
+
+
+def test_ratios_are_to_the_way_named_for_one_unit():
+    table = tabulate(
+        [line("ours", 2.0, per=4, operations=1e9), line("theirs", 3.0), line("alone", 1.0, against="lost")]
+    )
+    assert table["ratio"].tolist()[:2] == [6.0, 1.0]
+    assert table["ratio"].isna().tolist() == [False, False, True]
+    assert table["operations"].tolist()[0] == 5e8
+    assert table.loc[0, ["each", "peak"]].tolist() == [0.5, 2**20]
+
+
+def test_other_areas_stay_in_the_file(tmp_path):
+    told = {"scale": "nano", "device": "x86_64, 1 threads"}
+    first = tabulate([line("ours", 1.0), line("theirs", 2.0)]).assign(**told)
+    second = tabulate([line("ours", 5.0, area="fits"), line("theirs", 9.0, area="fits")]).assign(**told)
+    store(first, tmp_path)
+    path = store(second, tmp_path)
+    assert path.name == "bench_nano_cpu.parquet"
+    assert store(first.assign(seconds=7.0), tmp_path) == path
+    found = pd.read_parquet(path)
+    assert found.groupby("area").seconds.first().to_dict() == {"fits": 5.0, "merging": 7.0}
+    assert len(found) == 4
+    assert [text.get_text() for text in draw(found).axes[0].texts] == ["2 × theirs", "1.8 × theirs"]
+
+
+def test_unknown_areas_are_named():
+    with pytest.raises(SelectionError, match="no area 'speed'"):
+        run(["speed"])
