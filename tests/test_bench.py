@@ -74,6 +74,10 @@ def test_other_areas_stay_in_the_file(tmp_path):
     assert [text.get_text() for text in draw(found).axes[0].texts] == ["2 × theirs", "1.8 × theirs"]
 
 
-def test_unknown_areas_are_named():
+def test_unknown_areas_and_scales_are_named():
     with pytest.raises(SelectionError, match="no area 'speed'"):
         run(["speed"])
+    with pytest.raises(SelectionError, match="no scale '3B'; choose of nano, 1B, 8B"):
+        run(["merging"], "3B")
+    with pytest.raises(SelectionError, match="fits: nothing to measure at scale 8B"):
+        run(["fits"], "8B")

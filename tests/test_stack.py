@@ -13,7 +13,8 @@ from workbench.adapters import Adapter, Factors
 from workbench.canonical import CANONICAL, canonical
 from workbench.compose import grouped
 from workbench.errors import AdapterError, MergeError, SelectionError
-from workbench.stack import Stack, Units, cosine, factored_svd, gram, squares
+from workbench.singular import factored_svd
+from workbench.stack import Stack, Units, cosine, gram, squares
 
 SHAPES = {"model.layers.10.q": (7, 5), "model.layers.9.q": (5, 9), "model.layers.9.down": (6, 6)}
 careful = settings(max_examples=25, deadline=None, derandomize=True)

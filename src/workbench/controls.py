@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from workbench.errors import MergeError
-from workbench.stack import Stack, Units, factored_svd
+from workbench.singular import factored_svd
+from workbench.stack import Stack, Units
 
 __all__ = ["CONTROLS", "MATCHES", "orthonormal", "random_like", "shuffled"]
 

@@ -133,12 +133,13 @@ class Packed:
             ids[i, : len(read)], labels[i, first : first + len(row.answer)] = read, row.answer
         self.ids, self.labels = torch.from_numpy(ids).to(base.device), torch.from_numpy(labels).to(base.device)
 
-    def batch(self, index: np.ndarray, *, tight: bool = False) -> Batch:
+    def batch(self, index: np.ndarray, *, tight: bool = False, where: torch.Tensor | None = None) -> Batch:
         """These rows, with labels −100 outside answers; padding is trimmed to them.
 
-        A causal model's logits are taken from the first answer on; `tight`: at each row's own answer alone.
+        A causal model's logits are taken from the first answer on; `tight`: at each row's own answer alone. `where` is index
+        on the device, if it is there already, so that nothing waits for it.
         """
-        where = torch.from_numpy(index).to(self.ids.device)
+        where = torch.from_numpy(index).to(self.ids.device) if where is None else where
         length, last = (int(part[index].max()) for part in (self.parts[0], self.parts[-1]))
         ids = self.ids[where, :length].long()
         if self.start is None:

@@ -1,4 +1,4 @@
-"""Inner products, norms and singular values of the updates of a stack's module, from the factors: no ΔW is formed."""
+"""Inner products and norms of the updates of a stack's module, from the factors: no ΔW is formed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from workbench.stack import Units
 
-__all__ = ["cosine", "factored_svd", "gram", "products", "squares"]
+__all__ = ["cosine", "gram", "products", "squares"]
 
 BLOCK = 1024  # units a side of the products that are held at once; twice that on a GPU
 ENTRIES = 2**24  # of the factors that are padded at once
@@ -71,17 +71,3 @@ def cosine(inner: Tensor) -> Tensor:
         (norm[:, None] > 0) & (norm[None] > 0), inner / (norm[:, None] * norm[None]).clamp_min(1e-38), 0.0
     )
     return out.clamp(-1, 1).fill_diagonal_(1.0)
-
-
-def factored_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """SVD of B A from its factors: U (d_out, q), S (q,), Vh (q, d_in), with q = min(d_out, R, d_in), S descending.
-
-    QR of both factors leaves a core of size at most R × R; where R ≥ min(d_out, d_in) the dense way is the cheaper exact
-    one and is taken.
-    """
-    if A.shape[0] >= min(B.shape[0], A.shape[1]):
-        return torch.linalg.svd(B @ A, full_matrices=False)
-    q_b, r_b = torch.linalg.qr(B)
-    q_a, r_a = torch.linalg.qr(A.T)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    return q_b @ u, s, vh @ q_a.T

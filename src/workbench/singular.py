@@ -11,8 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workbench.stack import factored_svd as plain_factored_svd
-
 __all__ = ["by_gram", "factored_svd", "left", "on_processor", "places", "polar", "svd"]
 
 
@@ -45,13 +43,18 @@ def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def factored_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `workbench.stack.factored_svd`, on any device."""
-    if not by_gram(B):
-        return plain_factored_svd(B, A)
+    """SVD of B A from its factors: U (d_out, q), S (q,), Vh (q, d_in), with q = min(d_out, R, d_in), S descending.
+
+    QR of both factors leaves a core of size at most R × R; where R ≥ min(d_out, d_in) the dense way is the cheaper exact
+    one and is taken.
+    """
     if A.shape[0] >= min(B.shape[0], A.shape[1]):
         return svd(B @ A)
     (q_b, r_b), (q_a, r_a) = torch.linalg.qr(B), torch.linalg.qr(A.T)
-    u, s, vh = _svd(r_b.double() @ r_a.T.double(), B.dtype)
+    if by_gram(B):
+        u, s, vh = _svd(r_b.double() @ r_a.T.double(), B.dtype)
+    else:
+        u, s, vh = svd(r_b @ r_a.T)
     return q_b @ u, s, vh @ q_a.T
 
 

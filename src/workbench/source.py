@@ -191,7 +191,7 @@ def finite(*tensors: Tensor) -> bool:
     """Whether all numbers are: the least and the largest, which a NaN is both, take a thirtieth of the time that a look at
     each takes.
     """
-    return all(bound.isfinite() for tensor in tensors for bound in tensor.aminmax())
+    return all(bool(bound.isfinite()) for tensor in tensors if tensor.numel() for bound in tensor.aminmax())
 
 
 def squared(factors: Factors) -> float:

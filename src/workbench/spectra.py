@@ -11,7 +11,7 @@ from torch import Tensor
 from workbench.adapters import Adapter
 from workbench.compose import LowRank
 from workbench.errors import MergeError
-from workbench.stack import factored_svd
+from workbench.singular import factored_svd
 
 __all__ = ["singular_values", "stable_ranks"]
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from workbench.adapters import Adapter, Factors
 from workbench.errors import AdapterError, MergeError, SelectionError
-from workbench.factored import cosine, factored_svd, gram, squares
+from workbench.factored import cosine, gram, squares
 from workbench.source import Slot, Source
 
-__all__ = ["Stack", "Units", "cosine", "factored_svd", "gram", "squares"]
+__all__ = ["Stack", "Units", "cosine", "gram", "squares"]
 
 
 @dataclass(frozen=True)

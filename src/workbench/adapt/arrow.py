@@ -24,7 +24,8 @@ from workbench.compose import Routed, check_routing, compose
 from workbench.errors import AdapterError, MergeError
 from workbench.evaluate import Encoded, Packed
 from workbench.options import Count, Range
-from workbench.stack import Stack, factored_svd
+from workbench.singular import factored_svd
+from workbench.stack import Stack
 
 __all__ = ["ARROW", "Router", "arrow", "mean_weights", "prototypes", "routed"]
 

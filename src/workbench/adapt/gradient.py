@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from workbench.base import Base, Batch
+from workbench.base import Base
 from workbench.compose import LowRank, compose
 from workbench.errors import MergeError
 from workbench.evaluate import Encoded, Packed, row_losses, score
@@ -180,7 +180,7 @@ def fit(
         optimiser.zero_grad(set_to_none=True)
         recomputed = checkpointed(base.model) if schedule.checkpoint else nullcontext()
         with compose(base.model, updates()), recomputed:  # the backward pass of a checkpoint needs both as well
-            batch = _batch(packed, drawn[step].reshape(-1), places[step].view(-1))
+            batch = packed.batch(drawn[step].reshape(-1), where=places[step].view(-1))
             with torch.autocast(base.device.type, torch.bfloat16, enabled=autocast):
                 sums, counts = loss(base.logits(batch), batch.labels)
             each = (sums.view(g, rows) * mask).sum(1) / (counts.view(g, rows) * mask).sum(1)
@@ -232,16 +232,6 @@ def minibatches(sizes: Sequence[int], schedule: Schedule, seeds: Sequence[int]) 
             mine = np.concatenate(order)[: schedule.steps * own[i]].reshape(schedule.steps, own[i])
             drawn[:, i], drawn[:, i, : own[i]] = first + mine[:, :1], first + mine
     return drawn, np.arange(max(own)) < np.array(own)[:, None]
-
-
-def _batch(packed: Packed, index: np.ndarray, places: Tensor) -> Batch:
-    """`Packed.batch` of rows whose numbers are on the device already, so that nothing waits for them."""
-    if packed.start is not None:
-        return packed.batch(index)
-    length = int(packed.lengths[index].max())
-    keep = length - int(packed.starts[index].min()) + 1
-    ids, labels = packed.ids[places, :length], packed.labels[places, length - keep : length]
-    return Batch(ids.long(), labels.long(), keep)
 
 
 @contextmanager

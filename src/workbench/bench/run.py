@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 
 from workbench.bench.measure import Line, ceilings
+from workbench.bench.models import SCALES
 from workbench.errors import SelectionError
 from workbench.results import provenance, write_parquet
 
@@ -33,10 +34,12 @@ def run(
         `tabulate`'s table with scale, device, its ceilings (operations and bytes per second) and the versions.
 
     Raises:
-        SelectionError: an unknown area.
+        SelectionError: an unknown area or scale, or nothing to measure at this one.
     """
     if unknown := sorted(set(areas) - set(AREAS)):
         raise SelectionError(f"no area {unknown[0]!r}; choose of {', '.join(AREAS)}")
+    if scale not in SCALES:
+        raise SelectionError(f"no scale {scale!r}; choose of {', '.join(SCALES)}")
     lines, cuda = [], torch.device(device).type == "cuda"
     most = ceilings(device, torch.bfloat16 if cuda and scale != "nano" else torch.float32)
     for area in areas:
@@ -45,6 +48,8 @@ def run(
             say(f"{line.area}: {line.work}: {line.way}: {_seconds(line.each)} {f'a {line.unit}' if line.unit else ''}")
         if cuda:
             torch.cuda.empty_cache()
+    if not lines:
+        raise SelectionError(f"{', '.join(areas)}: nothing to measure at scale {scale}; many small fits are nano's")
     table = tabulate(lines)
     table["of_operations"] = table["operations"] / most["operations"]
     table["of_traffic"] = table["traffic"] / most["traffic"]

@@ -19,8 +19,9 @@ from workbench.adapters import WEIGHTS, Adapter
 from workbench.bench.measure import Line, Timing, timed
 from workbench.bench.models import SCALES, random_adapters
 from workbench.closeness import closeness
+from workbench.singular import factored_svd
 from workbench.source import Source
-from workbench.stack import Stack, Units, cosine, factored_svd, gram
+from workbench.stack import Stack, Units, cosine, gram
 
 __all__ = ["lines", "random_units"]
 

@@ -26,6 +26,7 @@ from workbench.licences import gathered
 from workbench.merge.dense import Dense, cut
 from workbench.options import Count, Option, accepts, near, words
 from workbench.singular import on_processor
+from workbench.source import finite
 from workbench.stack import Stack, Units
 
 if TYPE_CHECKING:
@@ -288,9 +289,9 @@ def _run(
     module = units.module
     dtype = torch.promote_types(units.B.dtype, torch.float32)  # a sum in bf16 stalls (256 + 1 = 256)
     units = replace(units, B=units.B.to(dtype), A=units.A.to(dtype))
-    if not (_finite(units.B) and _finite(units.A)):
-        finite = torch.isfinite(units.B).all(0) & torch.isfinite(units.A).all(1)
-        culprits = ", ".join(stack.names[i] for i in units.owner[~finite].unique().tolist())
+    if not finite(units.B, units.A):
+        sound = torch.isfinite(units.B).all(0) & torch.isfinite(units.A).all(1)
+        culprits = ", ".join(stack.names[i] for i in units.owner[~sound].unique().tolist())
         raise MergeError(f"{module} holds values that are not finite in {culprits}; leave such adapters out")
     known = (statistics.of(units, stack.names),) if chosen.needs else ()
     try:
@@ -300,18 +301,13 @@ def _run(
     first, *others = (result,) if chosen.dense else result
     parts, lost = [first if scale == 1 else first * scale, *others], None
     fetched = [_fetch(part) for part in parts] if rank is None else []
-    if not all(map(_finite, parts)):
+    if not finite(*parts):
         raise MergeError(f"{chosen.name}: the result for {module} overflows; lower the weights")
     if rank is not None:
         cut_off, lost = cut(parts[0] if chosen.dense else Factors(*parts), rank)
         fetched = [_fetch(cut_off.B), _fetch(cut_off.A)]
     parts = [fetch() for fetch in fetched]
     return Factors(*parts, embedding=units.embedding) if len(parts) > 1 else parts[0], lost
-
-
-def _finite(x: Tensor) -> bool:
-    """Whether all entries are, most often by one sum."""
-    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
 
 def _fetch(x: Tensor) -> Callable[[], Tensor]:
