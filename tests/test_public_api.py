@@ -25,6 +25,7 @@ PUBLIC = [
     "Stack",
     "Units",
     "adapt",
+    "choices",
     "compare",
     "compose",
     "controls",

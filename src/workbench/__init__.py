@@ -1,6 +1,6 @@
 """workbench: find out whether other people's LoRA adapters are worth recycling."""
 
-from workbench import controls, stats, studies, tasks
+from workbench import choices, controls, stats, studies, tasks
 from workbench.adapt import adapt
 from workbench.adapters import Adapter, Factors
 from workbench.base import Base
@@ -23,6 +23,7 @@ __all__ = [
     "Stack",
     "Units",
     "adapt",
+    "choices",
     "compare",
     "compose",
     "controls",

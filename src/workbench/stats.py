@@ -1,20 +1,18 @@
 """Means with bootstrap intervals clustered by operation: tasks of one operation are not independent.
 
-`report` sets every recipe against its random control and a newly trained adapter; `importance` says which choices of a
-search matter.
+`report` sets every recipe against its random control and a newly trained adapter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations, permutations
 
 import numpy as np
 import pandas as pd
 
 from workbench.errors import WorkbenchError
 
-__all__ = ["bootstrap", "holm", "importance", "paired", "report"]
+__all__ = ["bootstrap", "complete", "holm", "paired", "report"]
 
 _WHAT = ("method", "select", "k", "options")  # what a recipe and its control have in common, and where there are any:
 _WHAT_MORE = ("skip", "own", "tune")
@@ -38,7 +36,7 @@ def bootstrap(
     Raises:
         WorkbenchError: a column that the frame lacks, or values that are missing.
     """
-    _complete(frame, (*by, value, cluster))
+    complete(frame, (*by, value, cluster))
     out = []
     for key, part in frame.groupby(list(by), sort=False, observed=True) if len(by) else [((), frame)]:
         sums = part.groupby(cluster, observed=True)[value].agg(["sum", "count"]).sort_index()
@@ -69,9 +67,9 @@ def paired(
     """
     cluster = settings.get("cluster", "operation")
     keep = list(dict.fromkeys(["task", *(name for name in ("seed", "n_train") if name in frame), cluster, *by]))
-    _complete(frame, (column,))
+    complete(frame, (column,))
     some = frame[frame[column].isin([first, second])]
-    _complete(some, (value, *keep))
+    complete(some, (value, *keep))
     wide = some.pivot_table(index=keep, columns=column, values=value, aggfunc="mean", observed=True)
     if first not in wide or second not in wide or wide[[first, second]].dropna().empty:
         raise WorkbenchError(
@@ -128,8 +126,8 @@ def report(
     group = list(dict.fromkeys([*by, "recipe"]))
     where = list(dict.fromkeys(["task", "seed", *(["n_train"] if "n_train" in table else []), *by]))
     what = [*_WHAT, *(name for name in _WHAT_MORE if name in table)]
-    _complete(table, (value, cluster, "recipe", *where))
-    _complete(table[:0], ("control", *what))
+    complete(table, (value, cluster, "recipe", *where))
+    complete(table[:0], ("control", *what))
     named = {name: [_text(one) for one in table[name]] for name in ("control", *what)}
     same = ["\x1f".join(parts) for parts in zip(*(named[name] for name in what), strict=True)]
     frame = table.assign(control=named["control"], what=same)
@@ -164,94 +162,6 @@ def report(
         out = out.merge(found.rename(columns=lambda c, n=name: c if c in group else f"{n}_{c}"), on=group, how="left")
         out[f"{name}_rows"] = out[f"{name}_rows"].fillna(0).astype(int)
     return out
-
-
-def importance(
-    table: pd.DataFrame,
-    factors: Sequence[str],
-    value: str = "accuracy",
-    *,
-    block: Sequence[str] = ("task", "seed"),
-    interactions: bool | Sequence[tuple[str, str]] = False,
-) -> pd.DataFrame:
-    """Which choices of a search matter: type-II analysis of variance of `value` over the factors, blocks taken out.
-
-    Every combination of the block's columns is one level of a nuisance factor, so that hard and easy tasks do not count
-    as noise. Type II: each factor adjusted for all others, and for the pairs that do not contain it; the order does not
-    matter, and neither need the design be balanced. Numbers are taken as levels, not as slopes. The p values suppose
-    independent, equally spread errors within blocks, which a task's rows hardly are: they rank choices, `report` tests.
-
-    Args:
-        factors: columns of the choices.
-        block: columns whose combinations are blocks; () for none.
-        interactions: True adds every pair of factors; or the pairs to add.
-
-    Returns:
-        Rows from the largest omega2 down, then "residual": term ("a" or "a × b"), sum_of_squares, df, F, p, holm (over
-        the terms), partial_eta2 = SS / (SS + SS residual), omega2 (partial, nearly unbiased: df (F − 1) / (df (F − 1) +
-        n), below 0 where F < 1), share (of the sum of squares within blocks; where unbalanced they need not add up).
-
-    Raises:
-        WorkbenchError: a column or value is missing, a factor of one level, factors or blocks that cannot be told apart,
-            a pair of which some combination never occurs, or nothing left to estimate the error from.
-    """
-    import statsmodels.formula.api as smf
-    from statsmodels.stats.anova import anova_lm
-
-    factors, block = ([one] if isinstance(one, str) else list(one) for one in (factors, block))
-    if not factors or len(set(factors + block)) < len(factors + block):
-        raise WorkbenchError(f"expected different columns as factors and block, got {factors} and {block}")
-    wanted = list(combinations(factors, 2)) if interactions is True else list(interactions or ())
-    pairs = [pair for pair in combinations(factors, 2) if any(set(pair) == set(one) for one in wanted)]
-    if not all(any(len(one) == 2 and set(pair) == set(one) for pair in pairs) for one in wanted):
-        raise WorkbenchError(f"interactions are pairs of the factors {', '.join(factors)}, got {interactions}")
-    _complete(table, (value, *factors, *block))
-    data = pd.DataFrame({f"f{i}": pd.factorize(table[name])[0] for i, name in enumerate(factors)})
-    data["y"] = table[value].to_numpy(float)
-    data["block"] = table.groupby(block, sort=False, observed=True).ngroup().to_numpy() if block else 0
-    _separable(data, factors, pairs, block)
-    code = {name: f"C(f{i})" for i, name in enumerate(factors)}
-    terms = {code[name]: name for name in factors} | {f"{code[a]}:{code[b]}": f"{a} × {b}" for a, b in pairs}
-    model = smf.ols(f"y ~ {' + '.join([*terms, *['C(block)'] * (data['block'].nunique() > 1)])}", data)
-    columns, rank = model.exog.shape[1], np.linalg.matrix_rank(model.exog)
-    if rank < columns:
-        raise WorkbenchError(
-            f"the design cannot tell {', '.join(terms.values())} apart: its {columns} columns have rank {rank}; leave out a "
-            "factor or an interaction, or run what is missing"
-        )
-    fit, spread = model.fit(), ((data["y"] - data.groupby("block")["y"].transform("mean")) ** 2).sum()
-    if fit.df_resid < 1 or fit.ssr <= max(1e-12 * spread, 1e-24 * (data["y"] ** 2).sum()):
-        raise WorkbenchError(
-            f"{len(data)} rows, {columns} parameters: {value} has no variation left to estimate the error from; give more "
-            "rows, fewer factors, or a coarser block"
-        )
-    found = anova_lm(fit, typ=2).rename(index=terms | {"Residual": "residual"}).drop(index="C(block)", errors="ignore")
-    out = found.rename(columns={"sum_sq": "sum_of_squares", "PR(>F)": "p"}).rename_axis("term").reset_index()
-    out["df"], out["holm"] = out["df"].astype(int), holm(out["p"])
-    out["partial_eta2"] = out["sum_of_squares"] / (out["sum_of_squares"] + fit.ssr)
-    out.loc[out["term"] == "residual", "partial_eta2"] = np.nan
-    gain = out["df"] * (out["F"] - 1)
-    out["omega2"], out["share"] = gain / (gain + len(data)), out["sum_of_squares"] / spread
-    return out.sort_values("omega2", ascending=False, na_position="last", ignore_index=True)
-
-
-def _separable(data: pd.DataFrame, factors: list[str], pairs: list[tuple], block: list[str]) -> None:
-    """The usual ways for a design to be of deficient rank, each said in its own words."""
-    code = {name: f"f{i}" for i, name in enumerate(factors)}
-    for name in factors:
-        if data[code[name]].nunique() < 2:
-            raise WorkbenchError(f"factor {name!r} has one level in all {len(data)} rows: it has no effect to find")
-        if block and data.groupby("block")[code[name]].nunique().max() == 1:
-            raise WorkbenchError(
-                f"factor {name!r} never changes within a block of {', '.join(block)}: choose a coarser one"
-            )
-    for name, other in permutations(factors, 2):
-        if data.groupby(code[name])[code[other]].nunique().max() == 1:
-            raise WorkbenchError(f"factor {name!r} settles factor {other!r}: their effects cannot be told apart")
-    for a, b in pairs:
-        cells = pd.crosstab(data[code[a]], data[code[b]])
-        if empty := int((cells == 0).to_numpy().sum()):
-            raise WorkbenchError(f"{empty} of {cells.size} combinations of {a!r} and {b!r} never occur: no interaction")
 
 
 def _single(rows: pd.DataFrame, keys: list[str]) -> None:
@@ -296,8 +206,12 @@ def _text(value) -> str:
     return repr(float(value)) if isinstance(value, int | float | np.number | np.bool_) else str(value)
 
 
-def _complete(frame: pd.DataFrame, columns: Sequence[str]) -> None:
-    """Grouping and pivoting would leave out rows with a missing value without a word."""
+def complete(frame: pd.DataFrame, columns: Sequence[str]) -> None:
+    """Check that a table has these columns and a value in each: grouping and pivoting would leave rows out without a word.
+
+    Raises:
+        WorkbenchError: a column that the table lacks, or values that are missing.
+    """
     lacking = [column for column in columns if column not in frame]
     if lacking:
         raise WorkbenchError(

@@ -131,7 +131,7 @@ def forest(
 
 
 def importance(ax: Axes, table: pd.DataFrame, *, value: str = "omega2", alpha: float = 0.05, label: str = "partial ω²"):
-    """Bars of an effect size, a row per term of `workbench.stats.importance`; filled where Holm's p is below `alpha`.
+    """Bars of an effect size, a row per term of `workbench.choices.importance`; filled where Holm's p is below `alpha`.
 
     Raises:
         WorkbenchError: a column is missing.
