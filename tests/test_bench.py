@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from workbench.bench import SCALES, Line, Timing, ceilings, random_adapters, random_base, timed
-from workbench.bench.run import draw, run, store, tabulate
+from workbench.bench.run import draw, draw_growth, keep, run, store, tabulate
 from workbench.errors import BaseError, SelectionError
 from workbench.stack import Stack
 
@@ -72,6 +72,28 @@ def test_other_areas_stay_in_the_file(tmp_path):
     assert found.groupby("area").seconds.first().to_dict() == {"fits": 5.0, "merging": 7.0}
     assert len(found) == 4
     assert [text.get_text() for text in draw(found).axes[0].texts] == ["2 × theirs", "1.8 × theirs"]
+
+
+def test_growth_has_a_figure_of_its_own(tmp_path):
+    grown = [
+        line(f"{what} {n}", n * 0.5, against=f"{what} {first}", **{what: n})
+        for what, first, numbers in (("adapters", 10, (10, 30)), ("rank", 4, (4, 16)))
+        for n in numbers
+    ]
+    pairs = [line("ours", 1.0 * n, area="similarity", adapters=n, rank=r) for n in (100, 960) for r in (16, 64)]
+    more = [line("theirs", 900.0, area="similarity"), line("ours", 1.0), line("theirs", 2.0)]
+    table = tabulate([*grown, *pairs, *more]).assign(scale="nano", device="x86_64, 1 threads", quick=False)
+    ax, by_rank = draw_growth(table).axes
+    curves = {one.get_label(): (one.get_xdata().tolist(), one.get_ydata().tolist()) for one in ax.get_lines()}
+    assert curves == {"ten adapters, a module": ([10, 30], [5, 15]), "cosines of all pairs": ([100, 960], [100, 960])}
+    assert {len(one.get_xdata()) for one in by_rank.get_lines()} == {2}
+    assert len(draw(table).axes[0].patches) == 3  # ours of merging, and of similarity the largest of both ranks
+    assert [path.name for path in keep(table, tmp_path)] == [
+        f"bench_nano_cpu{end}" for end in (".parquet", ".png", "_growth.png")
+    ]
+    assert len(keep(table.assign(quick=True), tmp_path / "quick")) == 2
+    with pytest.raises(SelectionError, match="no line of the table shows how time grows with rank"):
+        draw_growth(tabulate(grown[:2]))
 
 
 def test_unknown_areas_and_scales_are_named():

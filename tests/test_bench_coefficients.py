@@ -16,6 +16,7 @@ from workbench.bench.coefficients import (
     one_by_one,
     random_pieces,
     stacked,
+    wider,
 )
 from workbench.bench.population import random_rows
 from workbench.encoding import Packed
@@ -26,7 +27,9 @@ def test_lines():
     assert [line.way for line in found] == [OURS, LOOP, OURS, RECOMPUTED]
     assert [line.against for line in found] == [OURS, LOOP, LOOP, LOOP]
     assert all(line.timing.seconds > 0 and line.operations > 0 for line in found)
-    assert all(line.error < 1e-4 for line in found[2:])
+    assert found[0].error is None
+    assert all(0 < line.error < 1e-4 for line in found[1:])
+    assert [line.adapters for line in found] == [2, None, 3, None]
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -39,5 +42,7 @@ def test_the_gradient_is_the_loop_s(recompute):
     want = gradient(base, batch, partial(one_by_one, base.model, pieces), theta)
     got = gradient(base, batch, partial(stacked, base.model, pieces), theta, recompute)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(wider(base, batch, pieces, theta), want, rtol=1e-5, atol=1e-7)
+    assert base.dtype == torch.float64
     assert float(want.abs().max()) > 1e-4
     assert hook_count(base.model) == 0

@@ -316,6 +316,41 @@ def test_parts_of_a_long_list_keep_their_order(base, pool, tasks):
         assert one.facts == pytest.approx(other.facts, rel=1e-4)
 
 
+def test_where_memory_runs_out_half_as_many_run_side_by_side(base, pool, tasks, monkeypatch):
+    place, asked, plain = runs.Workplace(base, pool), [], runs._one
+
+    def one(place, recipe, cases):
+        asked.append(len(cases))
+        if len(cases) > most:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return plain(place, recipe, cases)
+
+    monkeypatch.setattr(runs, "_one", one)
+    cases, most = [Case(task, seed) for task in tasks[:2] for seed in (0, 1, 2)], 2
+    found = run(place, FAMILIES[3], cases)
+    assert asked == [6, 3, 1, 1, 1, 1, 1, 1]
+    monkeypatch.undo()
+    for got, want in zip(found, run(runs.Workplace(base, pool), FAMILIES[3], cases), strict=True):
+        assert got.chosen == want.chosen
+        assert got.facts == pytest.approx(want.facts, rel=1e-4)
+    monkeypatch.setattr(runs, "_one", one)
+    most = 0
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        run(place, FAMILIES[3], cases)
+
+
+def test_the_order_by_closeness_is_measured_once(base, pool, tasks, monkeypatch):
+    """Windows and sizes of one order, each as it is when measured alone."""
+    measured, plain = [], runs.choose
+    monkeypatch.setattr(runs, "choose", lambda pool, how, *a, **k: measured.append(how) or plain(pool, how, *a, **k))
+    recipes = [Recipe("coefficients", select="cosine", k=k, skip=skip, steps=1) for k, skip in ((2, 0), (1, 1), (2, 1))]
+    place, case = runs.Workplace(base, pool), Case(tasks[0], 0)
+    orders = [run(place, recipe, [case])[0].chosen for recipe in recipes]
+    assert measured == ["cosine"]
+    assert orders == [run(runs.Workplace(base, pool), recipe, [case])[0].chosen for recipe in recipes]
+    assert orders[2][0] == orders[1][0] == orders[0][1]
+
+
 @pytest.mark.parametrize("recipe", [r for r in FAMILIES if r.method not in ("zero-shot", "in-context")], ids=lambda r: r.label)  # fmt: skip
 def test_the_test_split_decides_nothing(base, pool, tasks, recipe):
     other = replace(

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from workbench.attention import falls_back, repeat_heads
 from workbench.compose import computes_on, layer_shape
 from workbench.errors import AdapterError, BaseError
 from workbench.loading import load_parts
@@ -61,6 +62,8 @@ class Base:
         self, model: nn.Module, tokenizer, name: str = "", *, chat: bool | None = None, max_length: int | None = None
     ):
         self.model = model.eval().requires_grad_(False)
+        if falls_back(self.device, self.dtype):
+            repeat_heads(self.model)
         self.tokenizer = tokenizer
         self.name = name
         template = bool(getattr(tokenizer, "chat_template", None))
@@ -220,10 +223,9 @@ class Base:
                 n = len(batch.ids) // len(batch.prefix[0][0])
                 repeated = [tuple(part.repeat_interleave(n, 0) for part in layer) for layer in batch.prefix]
                 past = {"use_cache": True, "past_key_values": DynamicCache(repeated)}
-            if batch.at is None:
-                return self.model(input_ids=batch.ids, logits_to_keep=batch.keep, **past).logits
             with _head_reads(self.model.get_output_embeddings(), batch.at):
-                return self.model(input_ids=batch.ids, **past).logits
+                keep = batch.keep if batch.at is None else 0
+                return self.model(input_ids=batch.ids, logits_to_keep=keep, **past).logits
         logits = self.model(
             input_ids=batch.ids, attention_mask=batch.mask, decoder_input_ids=batch.decoder, use_cache=False
         ).logits
@@ -272,11 +274,20 @@ class Base:
 
 
 @contextmanager
-def _head_reads(head: nn.Module, at: Tensor) -> Iterator[None]:
-    """The output head sees these columns (rows, keep) of each row alone."""
-    pick = head.register_forward_pre_hook(
-        lambda _, args: (torch.take_along_dim(args[0], at[..., None].to(args[0].device), 1),)
-    )
+def _head_reads(head: nn.Module | None, at: Tensor | None) -> Iterator[None]:
+    """The output head sees these columns (rows, keep) of each row alone; None: whatever it is given.
+
+    On a GPU it sees them as one matrix: of a slice, as it is given, the product would read the head's weights for each row.
+    """
+
+    def read(_, args: tuple[Tensor]) -> tuple[Tensor]:
+        x = args[0] if at is None else torch.take_along_dim(args[0], at[..., None].to(args[0].device), 1)
+        return (x.contiguous() if x.is_cuda else x,)
+
+    if head is None:
+        yield
+        return
+    pick = head.register_forward_pre_hook(read)
     try:
         yield
     finally:

@@ -175,14 +175,14 @@ def bench(
     """Measure how fast it is: ours beside the ways it is usually done, in one process, with ratios and peak memory."""
     import torch
 
-    from workbench.bench.run import AREAS, draw, run, store
+    from workbench.bench.run import AREAS, keep, run
 
     with _failures():
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         table = run(area or AREAS, scale, where, quick=quick, say=lambda line: typer.echo(line, err=True))
     if out is not None:
-        path = store(table, out)
-        draw(table).savefig(path.with_suffix(".png"))
+        for path in keep(table, out):
+            typer.echo(path, err=True)
     if as_json:
         typer.echo(table.to_json(orient="records", indent=2))
     else:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from workbench.adapters import Adapter
 from workbench.errors import AdapterError, BaseError, MergeError
-from workbench.lowrank import LowRank, Routed, check_routing, inner, scaled
+from workbench.lowrank import LowRank, Routed, check_routing, filled_up, inner, scaled
 from workbench.stack import Stack
 
 __all__ = ["LowRank", "Routed", "check_routing", "compose", "grouped", "shared", "slice_groups"]
@@ -37,15 +37,10 @@ def grouped(adapters: Sequence[Adapter], device: str | torch.device = "cpu") -> 
                     f"{adapter.name}: {module} is {shape[0]}×{shape[1]}, expected {shapes[module][0]}×{shapes[module][1]}"
                 )
     updates = {}
-    for module, (d_out, d_in) in shapes.items():
-        rank = max(a.modules[module].rank for a in adapters if module in a.modules)
-        B = torch.zeros(len(adapters), d_out, rank, device=device)
-        A = torch.zeros(len(adapters), rank, d_in, device=device)
-        for g, adapter in enumerate(adapters):
-            factors = adapter.modules.get(module)
-            if factors is not None:
-                B[g, :, : factors.rank], A[g, : factors.rank] = factors.B, factors.A
-        updates[module] = LowRank(B, A)
+    for module in shapes:
+        found = [adapter.modules.get(module) for adapter in adapters]
+        B, A = filled_up([None if one is None else (one.B, one.A) for one in found])
+        updates[module] = LowRank(B.to(device), A.to(device))
     return updates
 
 
@@ -228,6 +223,9 @@ def computes_on(module: nn.Module) -> torch.device | None:
 
     None: it holds no tensors.
     """
+    weight = module._parameters.get("weight")
+    if weight is not None and not module._modules and not hasattr(module, "_hf_hook"):
+        return weight.device  # as of most layers, at once
     for part in module.modules():
         hook = getattr(part, "_hf_hook", None)
         for one in (hook, *getattr(hook, "hooks", ())):

@@ -10,16 +10,18 @@ rows (contiguous, equally many each). Three forms:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from workbench.errors import MergeError
 
-__all__ = ["LowRank", "Routed", "check_routing", "inner", "looked_up", "scaled"]
+__all__ = ["LowRank", "Routed", "check_routing", "filled_up", "inner", "looked_up", "scaled"]
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,20 @@ def check_routing(top: int, temperature: float) -> None:
         raise MergeError(f"top is {top!r}, expected a whole number of adapters to keep for each token, at least 1")
     if not 0 < temperature < torch.inf:
         raise MergeError(f"temperature is {temperature}, expected a number above 0")
+
+
+def filled_up(
+    pairs: Sequence[tuple[Tensor, Tensor] | None], dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """B (G, d_out, r) and A (G, r, d_in) of G pairs of factors of a module, r the largest rank; None: zeros.
+
+    Where they are; to be moved at once, since a GPU takes its time over each of many small tensors.
+    """
+    B, A = next(pair for pair in pairs if pair is not None)
+    empty = B[:, :0], A[:0]
+    B, A = zip(*(empty if pair is None else pair for pair in pairs), strict=True)
+    wide = pad_sequence([b.T.to(dtype) for b in B], batch_first=True)
+    return wide.mT.contiguous(), pad_sequence([a.to(dtype) for a in A], batch_first=True)
 
 
 def scaled(h: Tensor, c: Tensor) -> Tensor:

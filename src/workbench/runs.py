@@ -107,6 +107,7 @@ class Workplace:
         self._encoded: dict = {}
         self._own: dict[tuple[str, int], Adapter] = {}
         self._stacks: dict = {}
+        self._orders: dict[tuple, list[str]] = {}  # the whole pool by closeness, which many recipes ask for
         self._merged: dict = {}
         self._examples: dict[int, list[Task]] = {}  # id of a stack → the task of each adapter it holds or stands in for
 
@@ -138,17 +139,7 @@ class Workplace:
         return [self._stack(recipe, case, target) for case, target in zip(cases, targets, strict=True)]
 
     def _stack(self, recipe, case: Case, target: Adapter | None) -> Stack:
-        blank = recipe.select in CLOSENESS and target.norm() == 0
-        names = choose(
-            self.pool,
-            "random" if blank else recipe.select,
-            recipe.k,
-            task=case.task,
-            base=self.base,
-            seed=case.seed,
-            skip=recipe.skip,
-            target=target,
-        )
+        names = self._chosen(recipe, case, target)
         control = "" if recipe.control == SHUFFLED else recipe.control
         key = (tuple(names), control, case.seed if control else 0, (case.digest, case.seed) if recipe.own else ())
         if key not in self._stacks:
@@ -163,6 +154,16 @@ class Workplace:
                 tasks = list(upstream(names, EXAMPLES).values())
                 self._examples[id(self._stacks[key])] = [case.task] * recipe.own + tasks
         return self._stacks[key]
+
+    def _chosen(self, recipe, case: Case, target: Adapter | None) -> list[str]:
+        asked = {"task": case.task, "base": self.base, "seed": case.seed, "target": target}
+        if recipe.select not in CLOSENESS:
+            return choose(self.pool, recipe.select, recipe.k, skip=recipe.skip, **asked)
+        key = (recipe.select, case.digest, case.seed)
+        if key not in self._orders:
+            how = recipe.select if target.norm() > 0 else "random"  # nothing is close to zero
+            self._orders[key] = choose(self.pool, how, len(self.pool), **asked)
+        return self._orders[key][recipe.skip : recipe.skip + recipe.k]
 
     def merged(self, recipe, stack: Stack) -> Adapter:
         """The merge of a stack, made once however many tasks ask for it."""
@@ -222,7 +223,7 @@ def run(place: Workplace, recipe, cases: Sequence[Case]) -> list[Outcome]:
     """Run one recipe on many cases; outcomes in their order.
 
     A recipe with options to tune runs at each combination of their values; the one of least validation loss stands for the
-    case, and what all of them spent is its cost.
+    case, and what all of them spent is its cost. Where a GPU's memory runs out, half as many cases run side by side.
     """
     if recipe.tune:
         names, values = zip(*recipe.tune, strict=True)
@@ -233,9 +234,19 @@ def run(place: Workplace, recipe, cases: Sequence[Case]) -> list[Outcome]:
     sizes = [tuple(len(getattr(case.task, split)) for split in ("train", "validation", "test")) for case in cases]
     for size in dict.fromkeys(sizes):
         like = [i for i, own in enumerate(sizes) if own == size]
-        for start in range(0, len(like), place.side_by_side):
-            part = like[start : start + place.side_by_side]
-            found |= zip(part, _one(place, recipe, [cases[i] for i in part]), strict=True)
+        while like:
+            part, outcomes = like[: place.side_by_side], None
+            try:
+                outcomes = _one(place, recipe, [cases[i] for i in part])
+            except torch.cuda.OutOfMemoryError:
+                if len(part) == 1:
+                    raise
+            if outcomes is None:  # what the failed run held is let go by now
+                place.side_by_side = len(part) // 2
+                torch.cuda.empty_cache()
+                continue
+            found |= zip(part, outcomes, strict=True)
+            like = like[len(part) :]
     return [found[i] for i in range(len(cases))]
 
 

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from workbench.adapt.gradient import Curves
 from workbench.adapters import Adapter, Factors
 from workbench.base import Base
 from workbench.errors import AdapterError, BaseError, MergeError
+from workbench.lowrank import filled_up
 from workbench.stack import Stack
 
 if TYPE_CHECKING:
@@ -83,11 +85,9 @@ def side_by_side(
     frozen: factors that take no gradient, held in the type that the layer computes in, to which they would be cast at every
     step otherwise; those of a single stack may be the stack's own.
     """
-    out = {}
+    out, nobody = {}, torch.zeros(0, dtype=torch.long)
     for module in modules_of(stacks, base, alike=False):
         units = [stack.modules.get(module) for stack in stacks]
-        widest = max(len(u) for u in units if u is not None)
-        d_out, d_in = next(u.shape for u in units if u is not None)
         dtype = _computes_in(base, module) if frozen else torch.float32
         if frozen and len(units) == 1:
             (u,) = units
@@ -97,11 +97,8 @@ def side_by_side(
                 u.owner[None].to(base.device),
             )
             continue
-        B, A = torch.zeros(len(units), d_out, widest, dtype=dtype), torch.zeros(len(units), widest, d_in, dtype=dtype)
-        owner = torch.zeros(len(units), widest, dtype=torch.long)
-        for g, u in enumerate(units):
-            if u is not None:
-                B[g, :, : len(u)], A[g, : len(u)], owner[g, : len(u)] = u.B, u.A, u.owner
+        B, A = filled_up([None if u is None else (u.B, u.A) for u in units], dtype)
+        owner = pad_sequence([nobody if u is None else u.owner for u in units], batch_first=True)
         out[module] = (B.to(base.device), A.to(base.device), owner.to(base.device))
     return out
 

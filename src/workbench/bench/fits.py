@@ -35,7 +35,7 @@ def lines(scale: str, device: str, *, quick: bool = False) -> Iterator[Line]:
     if scale != "nano":
         return
     cuda = torch.device(device).type == "cuda"
-    number, some, steps = (4, 2, 2) if quick else (240, 12, 100) if cuda else (16, 4, 10)
+    number, some, steps = (4, 2, 2) if quick else (240, 4, 100) if cuda else (16, 4, 10)
     tokens, tests = (12, 6) if quick else (85, 500 if cuda else 50)
     base, schedule = random_base(scale, device), replace(COEFFICIENTS, steps=steps)
     pool = random_adapters(base.projections, 20 if quick else 72, [4, 8, 16, 8] * (5 if quick else 18))

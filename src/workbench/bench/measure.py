@@ -31,7 +31,8 @@ class Line:
     area, work: what was done ("population", "64 candidates of 20 adapters, 5 examples of 128 tokens"); lines of the same
     area and work are compared. way: how ("ours", "bare backbone", "state dicts and peft"); against: the way that ratios
     are taken to. seconds are for `per` of something (`unit`: a candidate, a step, a module); operations and traffic are
-    floating-point operations and bytes moved in those seconds, where they can be counted.
+    floating-point operations and bytes moved in those seconds, where they can be counted. adapters, rank: of lines that show
+    how time grows with one of them.
     """
 
     area: str
@@ -45,6 +46,8 @@ class Line:
     traffic: float | None = None
     error: float | None = None
     note: str = ""
+    adapters: int | None = None
+    rank: int | None = None
 
     @property
     def each(self) -> float:

@@ -57,10 +57,10 @@ def lines(scale: str, device: str, *, quick: bool = False) -> Iterator[Line]:
         words = f"{name}, one module of {largest[0]}×{largest[1]}"
         for n in numbers:
             work = f"{words}, adapters of rank {rank}"
-            yield _grown(name, work, f"{n} adapters", f"{numbers[0]} adapters", stack(largest, n), n, device)
+            yield _grown(name, work, "adapters", n, numbers[0], stack(largest, n), device)
         for r in ranks:
             work = f"{words}, {number} adapters"
-            yield _grown(name, work, f"rank {r}", f"rank {ranks[0]}", stack(largest, rank=r), number, device)
+            yield _grown(name, work, "rank", r, ranks[0], stack(largest, rank=r), device)
 
 
 def _line(work: str, way: str, timing: Timing, against: str = "ours", **more) -> Line:
@@ -131,9 +131,10 @@ def _delta(update) -> Tensor:
     return found if isinstance(found, Tensor) else found.delta()
 
 
-def _grown(name: str, work: str, way: str, against: str, stack: Stack, number: int, device: str) -> Line:
+def _grown(name: str, work: str, what: str, size: int, first: int, stack: Stack, device: str) -> Line:
     timing = timed(lambda: merge(stack, name), device, repeat=1)
-    return _line(work, way, timing, against, unit="adapter", per=number)
+    way, against = (f"{n} adapters" if what == "adapters" else f"rank {n}" for n in (size, first))
+    return _line(work, way, timing, against, unit="adapter", per=len(stack), **{what: size})
 
 
 # The other ways -----------------------------------------------------------------------------------------------------

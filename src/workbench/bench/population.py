@@ -68,7 +68,8 @@ def lines(scale: str, device: str, *, quick: bool = False) -> Iterator[Line]:
             continue
         updates = _random_updates(base, population, n * r, dtype)
         work = f"{population} candidates of {n} adapters of rank {r}, 5 examples of {tokens} tokens"
-        yield from _against_bare(base, rows, population, updates, work, device)
+        grown = {"adapters": n} if r == rank else {"rank": r}
+        yield from _against_bare(base, rows, population, updates, work, device, grown=grown)
         del updates
 
 
@@ -81,6 +82,7 @@ def _against_bare(
     device: str,
     against: str = BARE,
     few: Tensor | None = None,
+    grown: Mapping[str, int] | None = None,
 ) -> Iterator[Line]:
     """The bare model and ours. `few`: losses of the first candidates, which ours are compared with."""
     units, found, groups = max(update.A.shape[0] for update in updates.values()), [], [rows] * population
@@ -91,7 +93,8 @@ def _against_bare(
     timing = timed(lambda: found.append(score(base, groups, updates).loss), device, **again)
     note = f"{timing.seconds / bare.seconds:.3f} × bare, of {full / plain:.3f} × its operations"
     error = None if few is None else float((found[-1][: len(few)].double() / few.double() - 1).abs().max())
-    yield Line(AREA, work, OURS, against, timing, "candidate", population, full, error=error, note=note)
+    more = {"error": error, "note": note, **(grown or {})}
+    yield Line(AREA, work, OURS, against, timing, "candidate", population, full, **more)
 
 
 def _operations(base: Base, rows: Sequence[Encoded], population: int, units: int) -> float:

@@ -15,7 +15,7 @@ from workbench.bench.models import SCALES
 from workbench.errors import SelectionError
 from workbench.results import provenance, write_parquet
 
-__all__ = ["AREAS", "draw", "run", "store", "tabulate"]
+__all__ = ["AREAS", "draw", "draw_growth", "keep", "run", "store", "tabulate"]
 
 AREAS = ("population", "matching", "coefficients", "fits", "similarity", "merging")
 
@@ -74,6 +74,8 @@ def tabulate(lines: Iterable[Line]) -> pd.DataFrame:
             "traffic": (line.traffic or float("nan")) / line.timing.seconds,
             "error": float("nan") if line.error is None else line.error,
             "note": line.note,
+            "adapters": line.adapters,
+            "rank": line.rank,
         }
         for line in lines
     ]
@@ -90,11 +92,30 @@ def store(table: pd.DataFrame, folder: str | Path) -> Path:
     return write_parquet(table, path)
 
 
+def keep(table: pd.DataFrame, folder: str | Path) -> list[Path]:
+    """`store` the table and draw the whole file: the paths written, of its growth only where the file has some."""
+    path = store(table, folder)
+    whole, written = pd.read_parquet(path), [path]
+    figures = {"": draw(whole)}
+    if whole["adapters"].notna().any() and not whole["quick"].any():
+        figures["_growth"] = draw_growth(whole)
+    for name, figure in figures.items():
+        written.append(path.with_name(f"{path.stem}{name}.png"))
+        figure.savefig(written[-1], metadata={"Software": None})
+    return written
+
+
 def draw(table: pd.DataFrame):
-    """A bar for each way: how many times faster than the way it is compared with, on a logarithmic axis."""
+    """A bar for each way: how many times faster than the way it is compared with, on a logarithmic axis.
+
+    Lines that show growth are left to `draw_growth`, but for the similarity of the most adapters of each rank.
+    """
     from workbench import plots
 
-    shown = table[(table["way"] != table["against"]) & table["ratio"].notna()].iloc[::-1]
+    alike = table["area"] == "similarity"
+    grown = (table["adapters"].notna() | table["rank"].notna()) & (table["area"] != "coefficients")
+    most = table["adapters"] == table.where(alike).groupby("rank")["adapters"].transform("max")
+    shown = table[(table["way"] != table["against"]) & table["ratio"].notna() & (~grown | (alike & most))].iloc[::-1]
     fig, ax = plots.figure(width=plots.TEXT, height=0.16 * len(shown) + 0.6)
     names = [f"{area}: {work}: {way}" for area, work, way in shown[["area", "work", "way"]].itertuples(index=False)]
     bars = ax.barh(range(len(shown)), shown["ratio"] - 1, left=1, color="C0", height=0.7)
@@ -104,6 +125,37 @@ def draw(table: pd.DataFrame):
     ax.set(xscale="log", xlabel="times as fast")
     ax.axvline(1, color="0.4", linewidth=0.8)
     ax.margins(x=0.3)
+    return fig
+
+
+GROWTH = {
+    "population": "population pass, a candidate",
+    "coefficients": "learned coefficients, a step",
+    "similarity": "cosines of all pairs",
+}
+
+
+def draw_growth(table: pd.DataFrame):
+    """Seconds against the number of adapters, and against their rank, a line for each kind of work; logarithmic axes.
+
+    Merging methods are shown by their names, on one module.
+
+    Raises:
+        SelectionError: a table without lines that show growth.
+    """
+    from workbench import plots
+
+    fig, axes = plots.figure(1, 2, height=2.8, sharey=True)
+    named = table["area"].map(GROWTH).fillna(table["work"].str.partition(",")[0] + ", a module")
+    shown = table.assign(series=named, mean=table["each"].where(table["unit"] == "candidate", table["seconds"]))
+    for ax, what, other, usual in zip(axes, ("adapters", "rank"), ("rank", "adapters"), (16, 100), strict=True):
+        some = shown[shown[what].notna() & (shown[other].isna() | (shown[other] == usual))]
+        if some.empty:
+            raise SelectionError(f"no line of the table shows how time grows with {what}; run without --quick")
+        plots.curves(ax, some, x=what, series="series", log=True)
+        ax.set(yscale="log", xlabel=what)
+        ax.legend(fontsize=5)
+    axes[0].set_ylabel("seconds")
     return fig
 
 

@@ -97,7 +97,8 @@ def _all_pairs(
         del units, once
     done = float(each * _multiplied(number * rank, device))
     said = f"a module of each of {len(kinds)} shapes timed"
-    yield Line(AREA, work, OURS, DENSE, _summed(parts), "pair", count, done, error=error, note=said)
+    grown = {"adapters": number, "rank": rank}
+    yield Line(AREA, work, OURS, DENSE, _summed(parts), "pair", count, done, error=error, note=said, **grown)
     if through:
         timing = timed(lambda: _streamed(through, number, rank, device, dtype), device, warm=0, repeat=1)
         yield Line(AREA, work, STREAM, DENSE, timing, "pair", count, done)
