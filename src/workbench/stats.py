@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -128,7 +129,7 @@ def report(
     what = [*_WHAT, *(name for name in _WHAT_MORE if name in table)]
     complete(table, (value, cluster, "recipe", *where))
     complete(table[:0], ("control", *what))
-    named = {name: [_text(one) for one in table[name]] for name in ("control", *what)}
+    named = {name: _texts(table[name]) for name in ("control", *what)}
     same = ["\x1f".join(parts) for parts in zip(*(named[name] for name in what), strict=True)]
     frame = table.assign(control=named["control"], what=same)
     real, shams = frame[frame["control"] == ""], frame[frame["control"] == control]
@@ -184,19 +185,31 @@ def _sign_flip(pairs: pd.DataFrame, cluster: str, permutations: int, seed: int) 
     n = len(sums)
     if n < 2:
         return np.nan
-    exact = 2 ** (n - 1) <= permutations  # |Σ| is the same when all signs turn, so that one of them can stay
-    if exact:
+    signs, exact = _signs(n, permutations, seed)
+    as_far = np.abs(signs @ sums) >= abs(sums.sum()) - 1e-9 * np.abs(sums).sum()
+    return float(as_far.mean()) if exact else float((as_far.sum() + 1) / (permutations + 1))
+
+
+@lru_cache(maxsize=8)
+def _signs(n: int, permutations: int, seed: int) -> tuple[np.ndarray, bool]:
+    """Arrangements of n signs, one a row, and whether they are all there are: |Σ| is the same when all turn, so one stays."""
+    if exact := 2 ** (n - 1) <= permutations:
         drawn = np.arange(2 ** (n - 1))[:, None] >> np.arange(n) & 1
     else:
         drawn = np.random.default_rng(seed).integers(0, 2, (permutations, n), dtype=np.int8)
-    as_far = np.abs((2.0 * drawn - 1) @ sums) >= abs(sums.sum()) - 1e-9 * np.abs(sums).sum()
-    return float(as_far.mean()) if exact else float((as_far.sum() + 1) / (permutations + 1))
+    return 2.0 * drawn - 1, exact
 
 
 def holm(p: pd.Series) -> pd.Series:
     """p adjusted over the whole series (Holm 1979); a missing one stays missing and counts for nothing."""
     known = p.dropna().astype(float).sort_values(kind="stable")
     return (known * np.arange(len(known), 0, -1)).cummax().clip(upper=1.0).reindex(p.index)
+
+
+def _texts(column: pd.Series) -> list[str]:
+    """`_text` of every value, each distinct one looked at once."""
+    codes, distinct = pd.factorize(column, use_na_sentinel=False)
+    return np.array([_text(one) for one in distinct], dtype=object)[codes].tolist()
 
 
 def _text(value) -> str:
