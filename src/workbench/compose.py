@@ -66,6 +66,8 @@ def shared(stack: Stack, coefficients: Tensor) -> dict[str, LowRank]:
 
 def slice_groups(updates: Mapping[str, LowRank], start: int, stop: int, total: int) -> dict[str, LowRank]:
     """The updates of groups start … stop of `total` (multiples of the candidates per stack in the grouped form)."""
+    if (start, stop) == (0, total):
+        return dict(updates)
 
     def cut(tensor: Tensor) -> Tensor:
         per = total // len(tensor)

@@ -52,6 +52,8 @@ class LowRank:
 
     def to(self, device: torch.device) -> LowRank:
         """The same on a device; itself where it is there already."""
+        if type(self) is LowRank and {t.device for t in (self.B, self.A, self.c) if t is not None} == {device}:
+            return self  # most often, and before anything is computed
         held = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
         moved = {name: tensor.to(device) for name, tensor in held.items() if tensor.device != device}
         return replace(self, **moved) if moved else self

@@ -171,9 +171,8 @@ def _dare(
     inner: Units, units: Units, weights: Tensor, density: float, rescale: bool, elect: Elect, divide: Divide, seed: int
 ) -> Tensor:
     """DARE on units moved to another basis, under the masks' seeds of where they come from (a basis carries rounding)."""
-    chosen = present(units, weights)
-    part = dropped(deltas(inner), seeds(units, seed, chosen), density, rescale)
-    return consensus(part, chosen, weights, elect=elect, divide=divide)
+    part = dropped(deltas(inner), seeds(units, seed), density, rescale)
+    return consensus(part, present(units, weights), weights, elect=elect, divide=divide)
 
 
 def _knots(units: Units, on: str) -> tuple[Tensor, Units]:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Literal
 
@@ -52,7 +51,6 @@ __all__ = [
 Elect = Literal["total", "frequency", "none"]
 Divide = Literal["count", "weights", "none"]
 Part = Callable[[int], Tensor]
-THREADS = 8  # that hash
 _GAUGE, _MASKED = {"units", "gauge", "scale", "order"}, {"units", "order"}
 
 
@@ -78,9 +76,8 @@ def magnitude_prune(units: Units, weights: Tensor, *, density: Share = 0.2) -> T
 @method("dare_linear", paper="https://arxiv.org/abs/2311.03099", invariances=_MASKED, dense=True)
 def dare_linear(units: Units, weights: Tensor, *, density: Share = 0.2, rescale: bool = True, seed: int = 0) -> Tensor:
     """DARE (§3.1): each entry stays with probability `density`, over which it is divided; then Σ_i w_i ΔW_i."""
-    chosen = present(units, weights)
-    part = dropped(deltas(units), seeds(units, seed, chosen), density, rescale)
-    return consensus(part, chosen, weights)
+    part = dropped(deltas(units), seeds(units, seed), density, rescale)
+    return consensus(part, present(units, weights), weights)
 
 
 @method("dare_ties", paper="https://arxiv.org/abs/2311.03099", invariances=_MASKED, dense=True)
@@ -95,9 +92,8 @@ def dare_ties(
     seed: int = 0,
 ) -> Tensor:
     """DARE's random dropping (§3.1) in place of TIES' trimming; then TIES' election and mean of those that agree."""
-    chosen = present(units, weights)
-    part = dropped(deltas(units), seeds(units, seed, chosen), density, rescale)
-    return consensus(part, chosen, weights, elect=elect, divide=divide)
+    part = dropped(deltas(units), seeds(units, seed), density, rescale)
+    return consensus(part, present(units, weights), weights, elect=elect, divide=divide)
 
 
 @method("della", paper="https://arxiv.org/abs/2406.11617", invariances=_MASKED, dense=True)
@@ -119,8 +115,7 @@ def della(
     """
     columns = units.shape[1]
     window = min(window, 2 * density, 2 * (1 - density)) if columns > 1 else 0.0
-    chosen, whole = present(units, weights), deltas(units)
-    found = seeds(units, seed, chosen)
+    found, whole = seeds(units, seed), deltas(units)
 
     def part(i: int) -> Tensor:
         delta = whole(i)
@@ -128,7 +123,7 @@ def della(
         chance = torch.empty_like(delta).scatter_(1, delta.abs().argsort(1), rising.expand_as(delta))
         return drop(delta, chance, rescale, found(i))
 
-    return consensus(part, chosen, weights, elect=elect, divide=divide)
+    return consensus(part, present(units, weights), weights, elect=elect, divide=divide)
 
 
 @method("breadcrumbs", paper="https://arxiv.org/abs/2312.06795", invariances=_GAUGE, dense=True)
@@ -247,14 +242,11 @@ def dropped(part: Part, found: Callable[[int], int], density: float, rescale: bo
     return lambda i: drop(part(i), density, rescale, found(i))
 
 
-def seeds(units: Units, seed: int, chosen: list[int]) -> Callable[[int], int]:
-    """i → the seed of its mask in this module; of the chosen, hashed by threads while the first are asked for."""
+def seeds(units: Units, seed: int) -> Callable[[int], int]:
+    """i → the seed of its mask in this module; hashed when asked for, while a GPU still works on what was asked before."""
     units = units.to("cpu")
     own = places(units.owner)
-    with_threads = ThreadPoolExecutor(min(THREADS, max(1, len(chosen))))
-    found = {i: with_threads.submit(mask_seed, seed, units[own[i]]) for i in chosen}
-    with_threads.shutdown(wait=False)
-    return lambda i: found[i].result() if i in found else mask_seed(seed, units[own.get(i, slice(0))])
+    return lambda i: mask_seed(seed, units[own.get(i, slice(0))])
 
 
 def mask_seed(seed: int, own: Units) -> int:
