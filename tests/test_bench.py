@@ -1,6 +1,7 @@
 """The benchmark's own parts: times, models, ratios and what is stored. (Its areas are tried in files of their own.)"""
 
 import time
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -80,14 +81,25 @@ def test_growth_has_a_figure_of_its_own(tmp_path):
         for what, first, numbers in (("adapters", 10, (10, 30)), ("rank", 4, (4, 16)))
         for n in numbers
     ]
-    pairs = [line("ours", 1.0 * n, area="similarity", adapters=n, rank=r) for n in (100, 960) for r in (16, 64)]
-    more = [line("theirs", 900.0, area="similarity"), line("ours", 1.0), line("theirs", 2.0)]
+    pairs = [
+        replace(line(way, 1.0 * n, area="similarity", **size), work=f"{n} adapters of rank {r}")
+        for n in (100, 960)
+        for r in (16, 64)
+        for way, size in (("ours", {"adapters": n, "rank": r}), ("theirs", {}))
+    ]
+    more = [line("ours", 1.0), line("theirs", 2.0)]
     table = tabulate([*grown, *pairs, *more]).assign(scale="nano", device="x86_64, 1 threads", quick=False)
     ax, by_rank = draw_growth(table).axes
     curves = {one.get_label(): (one.get_xdata().tolist(), one.get_ydata().tolist()) for one in ax.get_lines()}
     assert curves == {"ten adapters, a module": ([10, 30], [5, 15]), "cosines of all pairs": ([100, 960], [100, 960])}
     assert {len(one.get_xdata()) for one in by_rank.get_lines()} == {2}
-    assert len(draw(table).axes[0].patches) == 3  # ours of merging, and of similarity the largest of both ranks
+    shown = draw(table).axes[0]  # ours of merging, and of similarity that of the most adapters of both ranks
+    assert [text.get_text() for text in shown.get_yticklabels()] == [
+        "merging: ten adapters: ours",
+        "similarity: 960 adapters of rank 64: ours",
+        "similarity: 960 adapters of rank 16: ours",
+    ]
+    assert len(shown.patches) == 3
     assert [path.name for path in keep(table, tmp_path)] == [
         f"bench_nano_cpu{end}" for end in (".parquet", ".png", "_growth.png")
     ]

@@ -106,25 +106,30 @@ def keep(table: pd.DataFrame, folder: str | Path) -> list[Path]:
 
 
 def draw(table: pd.DataFrame):
-    """A bar for each way: how many times faster than the way it is compared with, on a logarithmic axis.
+    """A bar for each way: how many times as fast as the way it is compared with, on a logarithmic axis.
 
-    Lines that show growth are left to `draw_growth`, but for the similarity of the most adapters of each rank.
+    Lines that show growth are left to `draw_growth`, but for the similarity of the most adapters of each rank; and of two
+    ways that are compared with each other, that of ours stands for both.
     """
     from workbench import plots
 
     alike = table["area"] == "similarity"
-    grown = (table["adapters"].notna() | table["rank"].notna()) & (table["area"] != "coefficients")
     most = table["adapters"] == table.where(alike).groupby("rank")["adapters"].transform("max")
-    shown = table[(table["way"] != table["against"]) & table["ratio"].notna() & (~grown | (alike & most))].iloc[::-1]
-    fig, ax = plots.figure(width=plots.TEXT, height=0.16 * len(shown) + 0.6)
+    grown = table["adapters"].notna() | table["rank"].notna()
+    fewer = set(table.loc[alike & grown & ~most, "work"])
+    left_out = (grown & ~alike & (table["area"] != "coefficients")) | (alike & table["work"].isin(fewer))
+    left_out |= (table["way"] == table["against"]) | (table["against"] == "ours") | table["ratio"].isna()
+    shown = table[~left_out].iloc[::-1]
+    fig, ax = plots.figure(width=1.4 * plots.TEXT, height=0.15 * len(shown) + 0.6)
+    ratios, high = shown["ratio"], max(1.0, shown["ratio"].max())
+    ax.barh(range(len(shown)), ratios - 1, left=1, color="C0", height=0.7)
+    for i, (ratio, way) in enumerate(zip(ratios, shown["against"], strict=True)):
+        ax.text(max(ratio, 1) * high**0.02, i, f"{ratio:.3g} × {way}", fontsize=5, va="center")
     names = [f"{area}: {work}: {way}" for area, work, way in shown[["area", "work", "way"]].itertuples(index=False)]
-    bars = ax.barh(range(len(shown)), shown["ratio"] - 1, left=1, color="C0", height=0.7)
-    against = [f"{ratio:.3g} × {way}" for ratio, way in shown[["ratio", "against"]].itertuples(index=False)]
-    ax.bar_label(bars, against, fontsize=5, padding=2)
     ax.set_yticks(range(len(shown)), names, fontsize=5)
-    ax.set(xscale="log", xlabel="times as fast")
+    ax.set(xscale="log", xlabel="times as fast", xlim=(0.8 * min(1.0, ratios.min()), 2 * high**1.9))
     ax.axvline(1, color="0.4", linewidth=0.8)
-    ax.margins(x=0.3)
+    ax.set_ylim(-0.6, len(shown) - 0.4)
     return fig
 
 
@@ -145,7 +150,7 @@ def draw_growth(table: pd.DataFrame):
     """
     from workbench import plots
 
-    fig, axes = plots.figure(1, 2, height=2.8, sharey=True)
+    fig, axes = plots.figure(1, 2, height=3.4, sharey=True)
     named = table["area"].map(GROWTH).fillna(table["work"].str.partition(",")[0] + ", a module")
     shown = table.assign(series=named, mean=table["each"].where(table["unit"] == "candidate", table["seconds"]))
     for ax, what, other, usual in zip(axes, ("adapters", "rank"), ("rank", "adapters"), (16, 100), strict=True):
@@ -154,7 +159,7 @@ def draw_growth(table: pd.DataFrame):
             raise SelectionError(f"no line of the table shows how time grows with {what}; run without --quick")
         plots.curves(ax, some, x=what, series="series", log=True)
         ax.set(yscale="log", xlabel=what)
-        ax.legend(fontsize=5)
+        ax.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     axes[0].set_ylabel("seconds")
     return fig
 
