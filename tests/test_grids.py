@@ -123,6 +123,10 @@ def test_jobs_are_shared_stored_and_gathered(small, tmp_path, base, monkeypatch)
     assert len(lines) == 2
     with pytest.raises(WorkbenchError, match="1 of 3"):
         gather("small", folder, tmp_path)
+    part = pd.read_parquet(gather("small", folder, tmp_path / "part", partial=True))
+    assert part.groupby(["recipe", "n_train"]).ngroups == 2
+    with pytest.raises(WorkbenchError, match="3 of 3"):
+        gather("small", tmp_path / "nothing", tmp_path / "part of nothing", partial=True)
     run_grids(["small"], folder, device="cpu", say=lines.append)
     assert len(lines) == 3
     run_grids(["small"], folder, device="cpu", say=lines.append)
@@ -183,7 +187,7 @@ def test_a_grid_over_another_pool_makes_it_first(small, tmp_path, base, monkeypa
 def test_the_command_line(tmp_path, monkeypatch, capsys):
     ran = []
     monkeypatch.setattr(grids, "run_grids", lambda names, folder, **how: ran.append((names, str(folder), how)))
-    monkeypatch.setattr(grids, "gather", lambda name, folder, out: ran.append(("gather", name)) or out / name)
+    monkeypatch.setattr(grids, "gather", lambda name, folder, out, **how: ran.append(("gather", name)) or out / name)
     grids.main(["--out", str(tmp_path), "--results", "r", "--grid", "random", "--claims", "c"])
     assert ran == [(["random"], "r", {"claims": grids.Path("c"), "gathered": None})]
     ran.clear()

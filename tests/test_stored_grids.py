@@ -14,7 +14,7 @@ FIGURES = Path(__file__).parents[1] / "figures"
 
 
 STORED = sorted(path.stem.removeprefix("grid_") for path in FIGURES.glob("grid_*.parquet"))
-WHOLE = ("merging", "random", "findings", "relevance", "open")  # of the others, whole jobs
+WHOLE = ("merging", "random", "findings", "relevance", "regularisation", "design", "open")  # of the others, whole jobs
 
 
 @pytest.fixture(scope="module", params=[name for name in STORED if name in GRIDS])

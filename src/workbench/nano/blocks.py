@@ -185,7 +185,6 @@ def _open() -> Iterator[Block]:
         *(Recipe("prior", **best, joint=True, merge_steps=steps) for steps in (0, 100)),
         Recipe("prior", select="diverse", k=10),
         Recipe("prior", select="evaluation", k=1),
-        Recipe("prior", **best, tune={"lr": _RATES["new"]}),
         Recipe("ridge", **best, granularity="expert"),
         Recipe("coefficients", **best, tune={"l2": [0.0, 0.01, 0.1, 1.0]}),
         Recipe("coefficients", **best, granularity="unit", tune={"sparsity": [0.0, 0.1, 1.0]}),

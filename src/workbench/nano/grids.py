@@ -110,10 +110,11 @@ def job_path(grid: str, block: Block, recipe: Recipe, folder: Path) -> Path:
     return folder / grid / f"{run_key({'job': what})}.parquet"
 
 
-def gather(name: str, folder: Path, out: Path) -> Path:
+def gather(name: str, folder: Path, out: Path, *, partial: bool = False) -> Path:
     """Write the rows of all jobs of a grid as out/grid_NAME.parquet, numbers in single precision.
 
-    A job that is not in the folder keeps the rows that the file there already holds of it.
+    A job that is not in the folder keeps the rows that the file there already holds of it. `partial`: jobs without any
+    rows are left out.
 
     Raises:
         WorkbenchError: jobs that have not run yet.
@@ -128,7 +129,7 @@ def gather(name: str, folder: Path, out: Path) -> Path:
             found[key] = held[key]
         else:
             missing.append(key)
-    if missing:
+    if missing and not (partial and found):
         raise WorkbenchError(
             f"{len(missing)} of {len(ours)} jobs of {name} are not stored in {folder}; run them first, such as {missing[0][0]}"
         )
@@ -165,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--claims", type=Path, help="a folder by which several processes share the jobs")
     parser.add_argument("--missing", action="store_true", help="run only jobs of which the files in --out hold no rows")
     parser.add_argument("--gather", action="store_true", help="only gather what is stored")
+    parser.add_argument("--partial", action="store_true", help="gather what is stored, though jobs may be missing")
     parser.add_argument("--tf32", action="store_true", help="let matrix products use TF32 (faster, less precise)")
     args = parser.parse_args(argv)
     if args.tf32:
@@ -174,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_grids(args.grid or list(GRIDS), args.results, claims=args.claims, gathered=gathered)
     if args.gather or args.claims is None:
         for name in args.grid or GRIDS:
-            print(gather(name, args.results, args.out))
+            print(gather(name, args.results, args.out, partial=args.partial))
 
 
 if __name__ == "__main__":
