@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 import pytest
 
 from workbench.notebooks import parameters_of, read, settings
@@ -201,3 +202,36 @@ def test_papermill_commands_run_small_and_own_parameters_must_exist(tmp_path):
         run_command(line.format("sead"), tmp_path)
     run_command(line.format("seed") + " -k python3 -l python", tmp_path)
     assert "".join(texts(tmp_path / "runs" / "a.ipynb")) == f"3|2|{tmp_path / 'out'}\n"
+
+
+def test_the_benchmark_s_table_is_what_is_stored():
+    """Each line of README's table: what the usual way and ours take, and their ratio, from the files in figures/."""
+    lines = pd.concat(pd.read_parquet(path) for path in (ROOT / "figures").glob("bench_*_gpu.parquet"))
+    lines = lines.set_index(["area", lines["work"].str.slice(0, 40), "way"]).sort_index()
+
+    def cell(value: float) -> str:
+        return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.{1 if value < 0.03 else 0}f} ms"
+
+    wanted = [
+        ("population", "64 candidates of 20", "state dicts and peft", "all candidates in one pass", "19"),
+        ("coefficients", "30 adapters of rank 16 to 64", "a hook for each adapter", "one stack", "18"),
+        ("matching", "40 prompts of 128 tokens, 30 to write in", "generate, batches of 40", "teacher forcing", "5.0"),
+        (
+            "matching",
+            "40 prompts of 128 tokens behind",
+            "demonstrations read for each",
+            "demonstrations read once",
+            "3.4",
+        ),
+        ("fits", "240 fits", "one by one", "side by side", "69"),
+        ("fits", "72 fits", "one by one", "side by side", "68"),
+    ]
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("|")]
+    for area, work, usual, ours, ratio in wanted:
+        part = lines.loc[area]
+        part = part[part.index.get_level_values(0).str.startswith(work)]
+        times = [part.xs(way, level=1)["each"].iloc[0] for way in (usual, ours)]
+        found = f"{times[0] / times[1]:.{len(ratio.partition('.')[2])}f}"
+        shown = [row for row in rows if all(cell(time) in row for time in times) and row.endswith(f" {found} |")]
+        assert found == ratio
+        assert len(shown) == 1, (area, work, times)
