@@ -134,7 +134,7 @@ def test_hooks_compute_what_peft_computes(load, kind, number, tmp_path):
     with torch.no_grad(), compose(base.model, grouped([adapter])):
         got = logits_of(base.model, ids).float()
     want = logits_of(model.float(), ids)  # of the same numbers
-    assert relative(got, want) < max(TYPES[number][1], 1.5 * relative(own, want))  # rounded no worse than peft itself
+    assert relative(got, want) < max(TYPES[number][1], 2 * relative(own, want))  # rounded about as peft itself
     assert relative(bare, want) > 3 * relative(got, want)
 
 

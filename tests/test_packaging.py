@@ -98,18 +98,21 @@ def test_installed_from_here_and_at_the_pins():
 
 
 def test_import_is_quick_and_light():
-    """Under 3 s of processor time (what else the machine does matters less to it), with the heavy libraries left out."""
+    """Under 3 s of processor time, or twice what torch and pandas take on a slow one, with the heavy libraries left out."""
     heavy = f"[name for name in {HEAVY} if name in sys.modules]"
-    program = f"import json, sys, time, workbench; print(json.dumps([time.process_time(), {heavy}]))"
+    program = "import json, sys, time, {}; print(json.dumps([time.process_time(), {}]))"
     seconds = []
     for _ in range(3):
-        shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-        spent, loaded = json.loads(shown)
-        assert loaded == []
+        spent = []
+        for what in ("workbench", "torch, pandas"):
+            command = [sys.executable, "-c", program.format(what, heavy)]
+            found, loaded = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+            assert loaded == []
+            spent.append(found)
         seconds.append(spent)
-        if spent < 3:
+        if spent[0] < max(3, 2 * spent[1]):
             return
-    pytest.fail(f"import workbench took {seconds} s of processor time, more than 3 s each time")
+    pytest.fail(f"import workbench, and torch and pandas alone, took {seconds} s of processor time")
 
 
 @pytest.mark.slow

@@ -221,7 +221,7 @@ def test_the_benchmark_s_table_is_what_is_stored():
             "40 prompts of 128 tokens behind",
             "demonstrations read for each",
             "demonstrations read once",
-            "3.4",
+            "3.5",
         ),
         ("fits", "240 fits", "one by one", "side by side", "69"),
         ("fits", "72 fits", "one by one", "side by side", "68"),
