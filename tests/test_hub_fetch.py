@@ -418,7 +418,7 @@ def test_what_was_finished_when_it_was_interrupted_is_not_fetched_again(server, 
     for name in NAMES[2:]:
         server.fail(name, "get", "slow", name=WEIGHTS)  # which the screening has
         server.fail(name, "get", "slow", name=WEIGHTS)  # and the fetching
-    server.slowness = 1.0  # ten seconds for each
+    server.slowness = 2.0  # twenty seconds for each
     process = started(server, cache)
 
     def finished(name):
