@@ -205,7 +205,7 @@ def test_papermill_commands_run_small_and_own_parameters_must_exist(tmp_path):
 
 
 def test_the_benchmark_s_table_is_what_is_stored():
-    """Each line of README's table: what the usual way and ours take, and their ratio, from the files in figures/."""
+    """README's table: what the usual way and ours take, and their ratio; seconds of merges; gains on two cores."""
     lines = pd.concat(pd.read_parquet(path) for path in (ROOT / "figures").glob("bench_*_gpu.parquet"))
     lines = lines.set_index(["area", lines["work"].str.slice(0, 40), "way"]).sort_index()
 
@@ -216,6 +216,7 @@ def test_the_benchmark_s_table_is_what_is_stored():
         ("population", "64 candidates of 20", "state dicts and peft", "all candidates in one pass", "19"),
         ("coefficients", "30 adapters of rank 16 to 64", "a hook for each adapter", "one stack", "18"),
         ("matching", "40 prompts of 128 tokens, 30 to write in", "generate, batches of 40", "teacher forcing", "5.0"),
+        ("matching", "40 prompts of 128 tokens, 30 to write in", "generate, batches of 4", "teacher forcing", "48"),
         (
             "matching",
             "40 prompts of 128 tokens behind",
@@ -226,7 +227,8 @@ def test_the_benchmark_s_table_is_what_is_stored():
         ("fits", "240 fits", "one by one", "side by side", "69"),
         ("fits", "72 fits", "one by one", "side by side", "68"),
     ]
-    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("|")]
+    text = (ROOT / "README.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("|")]
     for area, work, usual, ours, ratio in wanted:
         part = lines.loc[area]
         part = part[part.index.get_level_values(0).str.startswith(work)]
@@ -235,3 +237,27 @@ def test_the_benchmark_s_table_is_what_is_stored():
         shown = [row for row in rows if all(cell(time) in row for time in times) and row.endswith(f" {found} |")]
         assert found == ratio
         assert len(shown) == 1, (area, work, times)
+    large = pd.read_parquet(ROOT / "figures" / "bench_8B_gpu.parquet")
+    pairs = large[large["work"] == "all pairs of 960 adapters of rank 16 in 224 modules"].set_index("way")["seconds"]
+    dense, ours = pairs["one pair after another, from dense ΔW"], pairs["Gram matrices"]
+    assert f"pair after pair, dense, {dense / 3600:.1f} h | {ours:.2f} s | {round(dense / ours, -2):,.0f} |" in text
+    told = re.search(r"in seconds: (.*?); ties holds ([\d.]+) GB above the adapters, della (\d+\.\d)", text)
+    of = large[(large["way"] == "ours") & (large["unit"] == "module")].set_index("work")
+    of.index = of.index.str.partition(":").get_level_values(0)
+    for name, seconds in (one.split() for one in told[1].split(", ")):
+        assert f"{of['seconds'][name]:.0f}" == seconds, name
+    assert [f"{of['peak'][name] / 1e9:.1f}" for name in ("ties", "della")] == [told[2], told[3]]
+    small = pd.read_parquet(ROOT / "figures" / "bench_nano_cpu.parquet")
+    small = small[small["way"] != small["against"]]
+    gains = [
+        ("all pairs of 960 adapters {:.0f} times", "all pairs of 960 adapters of rank 16", "Gram matrices"),
+        ("demonstrations read once {:.1f}", "40 prompts of 128 tokens behind", "demonstrations read once"),
+        ("exact match {:.1f}", "40 prompts of 128 tokens, 30 to write in batches of 40", "teacher forcing"),
+        ("(four at a time: {:.0f})", "40 prompts of 128 tokens, 30 to write in batches of 4$", "teacher forcing"),
+        ("a step of learned coefficients {:.1f}", "30 adapters of rank 16 to 64", "one stack"),
+        ("the population pass ({:.1f})", "64 candidates of 20 adapters", "all candidates in one pass"),
+        ("side by side ({:.1f})", "16 fits: coefficients", "side by side"),
+    ]
+    for words, work, way in gains:
+        found = small[small["work"].str.match(work) & (small["way"] == way)]
+        assert words.format(found["ratio"].item()) in text

@@ -195,7 +195,7 @@ def test_a_run_s_key():
 def test_provenance():
     facts = provenance()
     assert set(facts) == {"commit", "versions", "platform"}
-    assert re.fullmatch("([0-9a-f]{40})?", facts["commit"])
+    assert re.fullmatch("([0-9a-f]{40}(-dirty)?)?", facts["commit"])
     versions = json.loads(facts["versions"])
     assert set(versions) == {"workbench", "torch", "transformers", "peft"}
     import torch

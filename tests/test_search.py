@@ -363,9 +363,8 @@ def test_fits_side_by_side_equal_each_alone(base, mixed, uniform, space, optimis
     together = lorahub(base, stacks, rows, seeds=[3, 4, 5], budget=20, names=["x", "y", "z"], **settings)
     for g, fitted in enumerate(together):
         (alone,) = lorahub(base, [stacks[g]], [rows[g]], seeds=[3 + g], budget=20, **settings)
-        tolerance = {"cma": 1e-6, "cobyla": 1e-2}[
-            optimiser
-        ]  # COBYLA compares values, which some processors round otherwise
+        # COBYLA compares values, which some processors round otherwise in a stack that is filled up
+        tolerance = {"cma": 1e-6, "cobyla": 1e-2}[optimiser]
         torch.testing.assert_close(fitted.coefficients, alone.coefficients, rtol=0, atol=tolerance)
         assert (fitted.passes, fitted.tokens) == (alone.passes, alone.tokens)
         assert list(fitted.adapter.modules) == list(alone.adapter.modules)

@@ -27,7 +27,7 @@ def run_key(facts: Mapping) -> str:
 
 @cache
 def provenance() -> dict[str, str]:
-    """What is recorded with a run without determining it: git commit, versions, platform."""
+    """What is recorded with a run without determining it: git commit ("-dirty": and changes since), versions, platform."""
     from importlib.metadata import PackageNotFoundError, version
 
     def found(name: str) -> str:
@@ -38,7 +38,8 @@ def provenance() -> dict[str, str]:
 
     try:
         here = Path(__file__).parent
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+        what = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit = subprocess.run(what, cwd=here, capture_output=True, text=True, timeout=10)
         commit = commit.stdout.strip() if commit.returncode == 0 else ""
     except (OSError, subprocess.SubprocessError):
         commit = ""

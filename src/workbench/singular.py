@@ -51,10 +51,7 @@ def factored_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if A.shape[0] >= min(B.shape[0], A.shape[1]):
         return svd(B @ A)
     (q_b, r_b), (q_a, r_a) = torch.linalg.qr(B), torch.linalg.qr(A.T)
-    if by_gram(B):
-        u, s, vh = _svd(r_b.double() @ r_a.T.double(), B.dtype)
-    else:
-        u, s, vh = svd(r_b @ r_a.T)
+    u, s, vh = _svd(r_b.double() @ r_a.T.double(), B.dtype) if by_gram(B) else svd(r_b @ r_a.T)
     return q_b @ u, s, vh @ q_a.T
 
 

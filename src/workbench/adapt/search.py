@@ -149,8 +149,8 @@ def lorahub(
     """Search weights in [−1.5, 1.5] from 0, one per adapter, for G fits; each counts its own evaluations up to `budget`.
 
     cma: pycma (σ₀ 0.5), w = 0 first, the generations of all fits in one forward pass. cobyla: scipy, one candidate of each
-    fit at a time (what nevergrad's NGOpt resolves to at these sizes); on a GPU those of all fits in one forward pass, whose
-    rounding can send COBYLA, which compares values, another way than alone. Returns the best candidate ever evaluated;
+    fit at a time (what nevergrad's NGOpt resolves to at these sizes); on a GPU those of all fits in one forward pass. Stacks
+    are filled up to the widest; how that rounds can send COBYLA, which compares values, another way than alone. Returns the best candidate ever evaluated;
     `curves.train` is the objective of each evaluation. `watch` is called with the number of
     evaluations of each fit after every pass; once it has asked to stop, no more are made. A budget below a generation
     (4 + ⌊3 ln K⌋) is spent on w = 0 and that generation's first candidates.

@@ -27,8 +27,9 @@ Pieces = Mapping[str, tuple[Tensor, Tensor, Tensor]]  # module → B (d_out, R),
 def lines(scale: str, device: str, *, quick: bool = False) -> Iterator[Line]:
     """30 adapters of rank 16 to 64, a coefficient each and module, 5 examples of 128 tokens; then other numbers of them.
 
-    A step is forward, backward and AdamW. The error is ‖g − g′‖ / ‖g′‖ of the gradients, g′ the same stack's in the next wider
-    type (of bf16 in fp32), so that the loop has an error, too. Numbers of adapters whose factors would take more than half of a GPU's free memory are left out.
+    A step is forward, backward and AdamW. The error is ‖g − g′‖ / ‖g′‖ of the gradients, g′ the same stack's in the next
+    wider type (of bf16 in fp32), so that the loop has an error, too. Numbers of adapters whose factors would take more than
+    half of a GPU's free memory are left out.
     """
     cuda = torch.device(device).type == "cuda"
     dtype = torch.bfloat16 if cuda and scale != "nano" else torch.float32
