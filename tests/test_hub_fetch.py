@@ -401,9 +401,13 @@ def test_two_at_once_fetch_each_file_once(server, repos, cache):
 WORK = "import sys; from workbench import hub; hub.survey(sys.argv[1], cache=sys.argv[2])"
 
 
+HEARS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+
 def started(server, cache):
+    """A process that fetches, and hears an interrupt even where the tests do not: a shell's background jobs ignore it."""
     env = os.environ | {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    return subprocess.Popen([sys.executable, "-c", WORK, BASE, str(cache)], env=env, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", HEARS + WORK, BASE, str(cache)], env=env, stderr=subprocess.PIPE)
 
 
 def until(condition, seconds=60):
@@ -418,7 +422,7 @@ def test_what_was_finished_when_it_was_interrupted_is_not_fetched_again(server, 
     for name in NAMES[2:]:
         server.fail(name, "get", "slow", name=WEIGHTS)  # which the screening has
         server.fail(name, "get", "slow", name=WEIGHTS)  # and the fetching
-    server.slowness = 2.0  # twenty seconds for each
+    server.slowness = 1.0  # ten seconds for each
     process = started(server, cache)
 
     def finished(name):
