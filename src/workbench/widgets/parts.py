@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -62,17 +63,28 @@ class Panel(ipywidgets.VBox):
 
     def attempt(self, update: Callable[[], None], blank: Callable[[], None]) -> None:
         """Run an update; where it fails, blank what it would have shown, which is no longer true."""
-        self.error = None
         self._message.value = sentence("working …")
         try:
             update()
         except Exception as error:
-            self.error = error
             blank()
-            reason = str(error) or type(error).__name__
-            self._message.value = sentence(f"This could not be computed: {reason}", "strong", "alert")
+            self.told(error)
         else:
+            self.told(None)
+
+    def told(self, error: Exception | None) -> None:
+        """Show how an update ended: what went wrong as a sentence, and in full when that is opened; None: all is well."""
+        self.error = error
+        if error is None:
             self._message.value = ""
+            return
+        reason = str(error) or type(error).__name__
+        whole = "".join(traceback.format_exception(error))
+        self._message.value = (
+            sentence(f"This could not be computed: {reason}", "strong", "alert")
+            + "<details><summary>In full</summary>"
+            + f"<pre class='tex2jax_ignore mathjax_ignore'>{html.escape(whole)}</pre></details>"
+        )
 
     def _repr_mimebundle_(self, **kwargs) -> dict:
         """As ipywidgets', but with the whole text: it is all that a stored notebook keeps."""
