@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from merging import as_on_a_gpu, deltas, gap, pool, single
 from workbench.adapters import Adapter
 from workbench.errors import MergeError
 from workbench.merge import merge, methods
-from workbench.merge.elementwise import consensus, drop, mask_seed, threshold
+from workbench.merge.elementwise import consensus, drop, fingerprints, mask_seed, threshold
 from workbench.stack import Stack, Units
 
 MASKED = ("dare_linear", "dare_ties", "della")
@@ -148,10 +149,9 @@ def test_breadcrumbs_keeps_the_ranks_between_its_two_limits(seed, density, outli
 def masks(adapters, seed, chance, module="m"):
     """DARE's masks, drawn anew with the stated seeds."""
     out = []
-    for i, (_, units) in zip(
-        range(len(adapters)), [(0, Stack.of(adapters).modules[module])] * len(adapters), strict=True
-    ):
-        generator = torch.Generator().manual_seed(mask_seed(seed, units.of(i)))
+    units = Stack.of(adapters).modules[module]
+    for i, fingerprint in enumerate(fingerprints(units).tolist()):
+        generator = torch.Generator().manual_seed(mask_seed(seed, module, fingerprint))
         p = chance if isinstance(chance, float) else chance[i]
         out.append((torch.rand(units.shape, generator=generator).numpy() < p).astype(float))
     return out
@@ -198,18 +198,69 @@ def test_random_dropping_is_unbiased_when_rescaled():
 
 def test_masks_depend_on_seed_adapter_and_module_and_not_on_order_or_sign():
     adapters = pool(3, shapes={"m": (6, 6), "n": (6, 6)}, ranks=(6,))
-    stack = Stack.of(adapters)
-    found = {mask_seed(s, stack.modules[m].of(i)) for s in (0, 1) for m in ("m", "n") for i in range(3)}
+    found = {
+        mask_seed(s, m, i) for m, units in Stack.of(adapters) for s in (0, 1) for i in fingerprints(units).tolist()
+    }
     assert len(found) == 12
-    same = [Adapter("other name", {m: f for m, f in adapters[0].modules.items()}).times(-1.0)]
-    assert mask_seed(0, Stack.of(same).modules["m"].of(0)) == mask_seed(0, stack.modules["m"].of(0))
     copied = Adapter("copy", {"m": adapters[0].modules["m"], "n": adapters[0].modules["m"]})
-    units = Stack.of([copied]).modules
-    assert mask_seed(0, units["m"].of(0)) != mask_seed(0, units["n"].of(0))
+    whole = merge([copied], "dare_linear", density=0.5)
+    assert (whole.modules["m"] - whole.modules["n"]).abs().max() > 0.1
     for name in MASKED:
         got, again = merge(adapters, name, seed=1), merge(adapters[::-1], name, seed=1)
         assert gap(got, again) < 1e-12, name
         assert gap(got, merge(adapters, name, seed=2)) > 0.1, name
+
+
+def fingerprint_by_definition(units, owner):
+    """In Python's whole numbers, reduced to 64 bits with a sign after every step."""
+    fold = lambda x: (x + 2**63) % 2**64 - 2**63  # noqa: E731
+
+    def scrambled(x):
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            x = fold((x ^ (x >> shift)) * factor)
+        return x ^ (x >> 31)
+
+    total = 0
+    for b, a, one in zip(units.B.T, units.A, units.owner, strict=True):
+        if one == owner:
+            bits = np.abs(torch.cat([b, a]).float().numpy()).view(np.int32).tolist()
+            total = fold(total + scrambled(fold(sum(x * scrambled(i) for i, x in enumerate(bits, 1)))))
+    return total
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 10_000), n=st.integers(1, 4), ranks=st.sampled_from([(1,), (3,), (1, 4, 2)]))
+def test_the_fingerprint_is_its_definition_whatever_the_order_and_the_signs(seed, n, ranks):
+    units = Stack.of(pool(n, seed, shapes={"m": (5, 7)}, ranks=ranks)).modules["m"]
+    want = [fingerprint_by_definition(units, i) for i in range(n)]
+    g = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(units), generator=g)
+    signs = torch.randint(2, (len(units), 1), generator=g) * 2 - 1
+    for other in (units, units[order], replace(units, B=units.B * signs.T), replace(units, A=units.A.double() * signs)):
+        assert fingerprints(other).tolist() == want
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 10_000), data=st.data())
+def test_a_change_anywhere_changes_the_fingerprint(seed, data):
+    units = Stack.of(pool(2, seed, shapes={"m": (5, 7)}, ranks=(3,))).modules["m"]
+    first, second = fingerprints(units).tolist()
+    assert first != second
+    j, i = data.draw(st.integers(0, 2)), data.draw(st.integers(0, 4))
+    B = units.B.clone()
+    B[i, j] = torch.nextafter(B[i, j].float(), torch.tensor(9.0)).to(B)
+    changed = fingerprints(replace(units, B=B)).tolist()
+    assert changed[0] != first
+    assert changed[1] == second
+    assert fingerprints(replace(units, B=units.B.roll(1, 1), owner=units.owner)).tolist()[0] != first  # other pairs
+    assert fingerprints(replace(units, B=units.B.flip(0))).tolist()[0] != first  # other places
+
+
+def test_many_units_are_fingerprinted_in_blocks():
+    units = Stack.of(pool(1, shapes={"m": (3, 4)}, ranks=(2,))).modules["m"]
+    many = units[torch.zeros(5000, dtype=torch.int64)]
+    one = fingerprints(units[:1]).item()
+    assert fingerprints(many).item() == (5000 * one + 2**63) % 2**64 - 2**63
 
 
 def test_global_random_state_is_neither_used_nor_changed():

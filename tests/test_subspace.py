@@ -13,7 +13,7 @@ from merging import as_on_a_gpu, deltas, gap, pool, single, weighted_sum
 from workbench.adapters import Adapter, Factors
 from workbench.errors import MergeError
 from workbench.merge import merge, methods
-from workbench.merge.elementwise import mask_seed
+from workbench.merge.elementwise import fingerprints, mask_seed
 from workbench.merge.subspace import NOISE, numerical_rank, polar
 from workbench.stack import Stack
 
@@ -317,7 +317,7 @@ def masked(adapters, parts, matrices, density, rescale, seed):
     out = []
     for (i, _, _), x in zip(parts, matrices, strict=True):
         own = Stack.of([adapters[i]]).modules["m"]
-        generator = torch.Generator().manual_seed(mask_seed(seed, own))
+        generator = torch.Generator().manual_seed(mask_seed(seed, "m", int(fingerprints(own)[0])))
         kept = (torch.rand(x.shape, generator=generator) < density).numpy()
         out.append(x * kept / (density if rescale and density else 1.0))
     return out

@@ -112,11 +112,6 @@ class Units:
         """Σ_j c_j b_j a_j, dense (d_out, d_in)."""
         return (self.B if coefficients is None else self.times(coefficients)) @ self.A
 
-    def digest(self) -> bytes:
-        """Content hash (sha256) of the module's name and the units, whatever their order; owners do not count."""
-        rows = torch.cat([self.A, self.B.T], 1).to("cpu", torch.float32).contiguous().numpy()
-        return hashlib.sha256(self.module.encode() + b"".join(sorted(row.tobytes() for row in rows))).digest()
-
 
 @dataclass(frozen=True)
 class Stack:

@@ -55,7 +55,7 @@ def knots_ties(
     return _product(left, ties(inner, weights, density=density, elect=elect, divide=divide))
 
 
-@method("knots_dare", paper="https://arxiv.org/abs/2410.19735", invariances=_MASKED)
+@method("knots_dare", version=2, paper="https://arxiv.org/abs/2410.19735", invariances=_MASKED)
 def knots_dare(
     units: Units,
     weights: Tensor,
@@ -130,7 +130,7 @@ def core(
     return u @ b, a @ v.T
 
 
-@method("core_dare", paper="https://arxiv.org/abs/2509.17786", invariances=_MASKED)
+@method("core_dare", version=2, paper="https://arxiv.org/abs/2509.17786", invariances=_MASKED)
 def core_dare(
     units: Units,
     weights: Tensor,

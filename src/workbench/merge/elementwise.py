@@ -14,15 +14,14 @@ matrices, however many adapters there are. The conventions, which papers and lib
 - divide: Σ w_i x_i over the entries that agree, by their number (`count`, as the TIES paper), by their Σ|w_i|
   (`weights`), or not at all (`none`: task arithmetic). An entry of 0 agrees with nothing and is not counted.
 - rescale: what is dropped at random is made up for by 1 / (probability of staying), so that the expectation is ΔW.
-- masks: the seed of adapter i's mask hashes (seed, module, the units of ΔW_i up to sign), so the order of the adapters
-  does not matter, and copies get the same mask. The draw is the device's own: a GPU's differs from a processor's.
+- masks: the seed of adapter i's mask is made of (seed, module, the units of ΔW_i up to sign), so the order of the
+  adapters does not matter, and copies get the same mask. The draw is the device's own: a GPU's differs from a processor's.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -42,6 +41,7 @@ __all__ = [
     "dare_ties",
     "della",
     "drop",
+    "fingerprints",
     "magnitude_prune",
     "mask_seed",
     "threshold",
@@ -73,14 +73,14 @@ def magnitude_prune(units: Units, weights: Tensor, *, density: Share = 0.2) -> T
     return consensus(trimmed(deltas(units), density), present(units, weights), weights)
 
 
-@method("dare_linear", paper="https://arxiv.org/abs/2311.03099", invariances=_MASKED, dense=True)
+@method("dare_linear", version=2, paper="https://arxiv.org/abs/2311.03099", invariances=_MASKED, dense=True)
 def dare_linear(units: Units, weights: Tensor, *, density: Share = 0.2, rescale: bool = True, seed: int = 0) -> Tensor:
     """DARE (§3.1): each entry stays with probability `density`, over which it is divided; then Σ_i w_i ΔW_i."""
     part = dropped(deltas(units), seeds(units, seed), density, rescale)
     return consensus(part, present(units, weights), weights)
 
 
-@method("dare_ties", paper="https://arxiv.org/abs/2311.03099", invariances=_MASKED, dense=True)
+@method("dare_ties", version=2, paper="https://arxiv.org/abs/2311.03099", invariances=_MASKED, dense=True)
 def dare_ties(
     units: Units,
     weights: Tensor,
@@ -96,7 +96,7 @@ def dare_ties(
     return consensus(part, present(units, weights), weights, elect=elect, divide=divide)
 
 
-@method("della", paper="https://arxiv.org/abs/2406.11617", invariances=_MASKED, dense=True)
+@method("della", version=2, paper="https://arxiv.org/abs/2406.11617", invariances=_MASKED, dense=True)
 def della(
     units: Units,
     weights: Tensor,
@@ -116,12 +116,13 @@ def della(
     columns = units.shape[1]
     window = min(window, 2 * density, 2 * (1 - density)) if columns > 1 else 0.0
     found, whole = seeds(units, seed), deltas(units)
+    rising = torch.linspace(-0.5, 0.5, columns, dtype=units.B.dtype, device=units.B.device) * window + density
 
     def part(i: int) -> Tensor:
         delta = whole(i)
-        rising = torch.linspace(-0.5, 0.5, columns, dtype=delta.dtype, device=delta.device) * window + density
-        chance = torch.empty_like(delta).scatter_(1, delta.abs().argsort(1), rising.expand_as(delta))
-        return drop(delta, chance, rescale, found(i))
+        order = delta.abs().argsort(1)  # drawn in this order, each row's smallest entry first
+        kept = drop(torch.ones_like(delta), rising, rescale, found(i))
+        return delta.mul_(torch.empty_like(delta).scatter_(1, order, kept))
 
     return consensus(part, present(units, weights), weights, elect=elect, divide=divide)
 
@@ -243,13 +244,34 @@ def dropped(part: Part, found: Callable[[int], int], density: float, rescale: bo
 
 
 def seeds(units: Units, seed: int) -> Callable[[int], int]:
-    """i → the seed of its mask in this module; hashed when asked for, while a GPU still works on what was asked before."""
-    units = units.to("cpu")
-    own = places(units.owner)
-    return lambda i: mask_seed(seed, units[own.get(i, slice(0))])
+    """i → the seed of its mask in this module; the device is waited for once, for all adapters."""
+    found = fingerprints(units).tolist()
+    return lambda i: mask_seed(seed, units.module, found[i])
 
 
-def mask_seed(seed: int, own: Units) -> int:
-    """A seed from the given one, the module's name and the adapter's units, whatever their order and signs."""
-    content = replace(own, A=own.A.abs(), B=own.B.abs()).digest()  # weight −1 is to be the merge of −ΔW
-    return int.from_bytes(hashlib.sha256(f"{seed}|".encode() + content).digest()[:7], "big")
+def mask_seed(seed: int, module: str, fingerprint: int) -> int:
+    """A seed from the given one, the module's name and the fingerprint of the adapter's units in it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}|{module}|{fingerprint}".encode()).digest()[:7], "big")
+
+
+def fingerprints(units: Units) -> Tensor:
+    """(largest owner + 1,) int64, on the units' device: what each adapter's units are, whatever their order and signs.
+
+    Whole numbers throughout, so that every device gives the same: the bits of |b| and |a| in fp32, each multiplied by a
+    number of its place and added up (a multilinear hash), per unit; scrambled, so that no unit's part can make up for
+    another's; and added up per adapter. Two adapters that differ anywhere agree once in some 2³² pairs.
+    """
+    places = _scrambled(torch.arange(1, sum(units.shape) + 1, device=units.B.device))
+    out = places.new_zeros(int(units.owner.max()) + 1 if len(units) else 1)
+    for owner, B, A in zip(*(t.split(2048) for t in (units.owner, units.B.T, units.A)), strict=True):
+        bits = (t.abs().float().contiguous().view(torch.int32).long() for t in (B, A))
+        rows = sum((b * w).sum(1) for b, w in zip(bits, places.split(units.shape), strict=True))
+        out.index_add_(0, owner, _scrambled(rows))
+    return out
+
+
+def _scrambled(x: Tensor) -> Tensor:
+    """A bijection of int64 without pattern (as SplitMix64's, with shifts that keep the sign)."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = (x ^ (x >> shift)) * factor
+    return x ^ (x >> 31)
