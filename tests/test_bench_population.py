@@ -5,7 +5,7 @@ import torch
 
 from helpers import hook_count
 from workbench.bench import random_adapters, random_base
-from workbench.bench.population import AREA, BARE, OURS, PEFT, by_state_dicts, lines, random_rows
+from workbench.bench.population import AREA, BARE, EACH, OURS, PEFT, WHOLE, by_state_dicts, lines, random_rows
 from workbench.compose import grouped, shared
 from workbench.evaluate import score
 from workbench.stack import Stack
@@ -14,8 +14,11 @@ from workbench.stack import Stack
 def test_lines():
     found = list(lines("nano", "cpu", quick=True))
     works = list(dict.fromkeys(line.work for line in found))
-    assert len(works) == 2 + 4
-    for work in works:
+    assert len(works) == 1 + 2 + 4
+    each, whole = found[:2]
+    assert (each.way, whole.way, whole.against, whole.per) == (EACH, WHOLE, EACH, 3)
+    assert whole.error < 1e-5
+    for work in works[1:]:
         ways = {line.way: line for line in found if line.work == work}
         assert set(ways) in ({OURS, BARE, PEFT}, {OURS, BARE})
         assert all(line.area == AREA and line.timing.seconds > 0 and line.operations > 0 for line in ways.values())
@@ -24,7 +27,7 @@ def test_lines():
         assert 1 < ways[OURS].operations / ways[BARE].operations < 2.5
         assert "× bare, of 1." in ways[OURS].note
     errors = [line.error for line in found if line.error is not None]
-    assert len(errors) == 2
+    assert len(errors) == 2 + 1
     assert max(errors) < 1e-4
 
 

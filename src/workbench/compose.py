@@ -60,8 +60,12 @@ def shared(stack: Stack, coefficients: Tensor) -> dict[str, LowRank]:
             f"expected coefficients (candidates, {n}) or (candidates, {m}, {n}) for {n} adapters and {m} modules, got {tuple(coefficients.shape)}"
         )
     per_module = coefficients[:, None].expand(-1, m, -1) if coefficients.ndim == 2 else coefficients
-    per_module = per_module.to(stack.device)
-    return {module: LowRank(u.B, u.A, per_module[:, i].index_select(1, u.owner)) for i, (module, u) in enumerate(stack)}
+    modules = list(stack)
+    ranks = torch.tensor([len(units) for _, units in modules])
+    first = (torch.arange(m) * n).repeat_interleave(ranks).to(stack.device, non_blocking=True)
+    owner = torch.cat([units.owner for _, units in modules])  # at once: many small kernels take a GPU longer
+    c = per_module.to(stack.device).flatten(1).index_select(1, first + owner).split(ranks.tolist(), 1)
+    return {module: LowRank(units.B, units.A, own) for (module, units), own in zip(modules, c, strict=True)}
 
 
 def slice_groups(updates: Mapping[str, LowRank], start: int, stop: int, total: int) -> dict[str, LowRank]:

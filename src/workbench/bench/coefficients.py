@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.adapt.gradient import checkpointed
-from workbench.base import Base, Batch
+from workbench.base import Base, Batch, free_memory
 from workbench.bench.measure import Line, timed
 from workbench.bench.models import random_base
 from workbench.bench.population import random_rows
@@ -29,7 +29,7 @@ def lines(scale: str, device: str, *, quick: bool = False) -> Iterator[Line]:
 
     A step is forward, backward and AdamW. The error is ‖g − g′‖ / ‖g′‖ of the gradients, g′ the same stack's in the next
     wider type (of bf16 in fp32), so that the loop has an error, too. Numbers of adapters whose factors would take more than
-    half of a GPU's free memory are left out.
+    six tenths of a GPU's free memory are left out.
     """
     cuda = torch.device(device).type == "cuda"
     dtype = torch.bfloat16 if cuda and scale != "nano" else torch.float32
@@ -41,7 +41,7 @@ def lines(scale: str, device: str, *, quick: bool = False) -> Iterator[Line]:
     for number in (2, most) if quick else (most, 10, 100, 300, 960):
         ranks = [(16, 32, 48, 64)[i % 4] // (8 if quick else 1) for i in range(number)]
         size = sum(ranks) * sum(map(sum, base.projections.values())) * dtype.itemsize
-        if (cuda and size > 0.5 * torch.cuda.mem_get_info(device)[0]) or (not cuda and size > 2 * 10**9):
+        if (cuda and size > 0.6 * free_memory(torch.device(device))) or (not cuda and size > 2 * 10**9):
             continue
         pieces, compared = random_pieces(base.projections, ranks, device, dtype), number == most
         theta = torch.full((len(pieces), number), 0.1, device=device, requires_grad=True)

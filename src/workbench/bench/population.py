@@ -14,7 +14,7 @@ from workbench.adapters import Adapter
 from workbench.base import Base, free_memory
 from workbench.bench.measure import Line, timed
 from workbench.bench.models import random_adapters, random_base
-from workbench.compose import LowRank, shared
+from workbench.compose import LowRank, grouped, shared
 from workbench.encoding import Encoded, Packed
 from workbench.evaluate import row_losses, score
 from workbench.stack import Stack
@@ -22,6 +22,7 @@ from workbench.stack import Stack
 __all__ = ["by_state_dicts", "lines", "random_rows"]
 
 AREA, OURS, BARE, PEFT = "population", "all candidates in one pass", "bare model, same rows", "state dicts and peft"
+WHOLE, EACH = "all adapters side by side", "one adapter after another"
 
 
 def random_rows(base: Base, number: int, prompt: int, answer: int, *, common: int = 0, seed: int = 0) -> list[Encoded]:
@@ -52,6 +53,7 @@ def lines(scale: str, device: str, *, quick: bool = False) -> Iterator[Line]:
     with by_state_dicts(base, rows, adapters) as losses:
         alone = timed(lambda: losses(single), device, repeat=2)
         few = losses(single)
+    yield from _whole_pool(base, rows, adapters, f"{number} adapters of rank {rank}, 5 examples of {tokens} tokens")
     del adapters
     for population in (3, 4) if quick else (12, 64):
         c = torch.randn(population, number, generator=torch.Generator().manual_seed(0)) / number
@@ -71,6 +73,22 @@ def lines(scale: str, device: str, *, quick: bool = False) -> Iterator[Line]:
         grown = {"adapters": n} if r == rank else {"rank": r}
         yield from _against_bare(base, rows, population, updates, work, device, grown=grown)
         del updates
+
+
+def _whole_pool(base: Base, rows: Sequence[Encoded], adapters: Sequence[Adapter], work: str) -> Iterator[Line]:
+    """Every adapter by itself on the same examples, as selecting by evaluation asks for; their factors in place included."""
+    found = {}
+
+    def each() -> None:
+        found[EACH] = torch.cat([score(base, [rows], grouped([adapter], base.device)).loss for adapter in adapters])
+
+    def whole() -> None:
+        found[WHOLE] = score(base, [rows] * len(adapters), grouped(adapters, base.device)).loss
+
+    for way, run in ((EACH, each), (WHOLE, whole)):
+        timing = timed(run, str(base.device), repeat=2)
+        error = float((found[way].double() / found[EACH].double() - 1).abs().max()) if way == WHOLE else None
+        yield Line(AREA, work, way, EACH, timing, "adapter", len(adapters), error=error)
 
 
 def _against_bare(
