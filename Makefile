@@ -14,10 +14,11 @@ export MKL_NUM_THREADS ?= 1
 # A kernel named python3 that lies elsewhere must not win over the environment's own.
 export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter$(if $(JUPYTER_PATH),:$(JUPYTER_PATH))
 
-.PHONY: help env demo test test-full nbval lab notebooks lock
+.PHONY: help env demo figures test test-full nbval lab notebooks lock
 
 help:
 	@echo "make demo       run every notebook on the bundled pool: copies in runs/, figures in figures/"
+	@echo "make figures    a paper's figures in figures/paper, from the notebooks' stored data (VENUE=neurips for its widths)"
 	@echo "make lab        open JupyterLab on the notebooks"
 	@echo "make test       ruff, the tests, every notebook at small parameters, nbval over the stored outputs"
 	@echo "make test-full  what make test leaves out because it is slow"
@@ -45,6 +46,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(NOTEBOOKS) run --to runs --out figures
+
+figures: $(STAMP)
+	.venv/bin/workbench figures $(if $(VENUE),--venue $(VENUE))
 
 test: $(STAMP)
 	$(PY) -m ruff check .

@@ -731,3 +731,15 @@ def test_factors_are_cast_once(monkeypatch, joined):
         wide = model.float()(x.float())  # another type in the same context is cast from the numbers given
     want = torch.cat([u.apply(x.float(), layer(x.float())) for u, layer in zip(updates.values(), model.children())], -1)  # noqa: B905
     torch.testing.assert_close(wide, want.detach())
+
+
+def test_a_factor_that_is_not_one_changes_nothing_but_ties():
+    """What a GPU multiplies y by in half precision: the sum rounds to the same number but where it lies between two."""
+    g = torch.Generator().manual_seed(0)
+    y, h, b = (torch.randn(shape, generator=g).bfloat16() for shape in ((200, 300), (200, 16), (300, 16)))
+    exact = y.double() + h.double() @ b.double().T
+    one, not_one = (y.float().addmm(h.float(), b.float().T, beta=beta) for beta in (1, lowrank._NOT_ONE))
+    assert not_one.bfloat16().ne(one.bfloat16()).float().mean() < 1e-3
+    error = lambda got: (got.double() - exact).abs().max() / exact.abs().max()  # noqa: E731
+    assert error(not_one) < 2 * 2**-23 + error(one)
+    assert torch.equal(torch.tensor(float("inf")) * lowrank._NOT_ONE, torch.tensor(float("inf")))

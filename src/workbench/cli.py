@@ -195,6 +195,24 @@ def bench(
         )
 
 
+@app.command()
+def figures(
+    name: Annotated[
+        list[str] | None, typer.Option("--name", help="One figure; repeatable. All of them without.")
+    ] = None,
+    venue: Annotated[
+        str, typer.Option(help="Whose widths: aaai, acl, cvpr, iclr, icml, ieee, jmlr, neurips, tmlr.")
+    ] = "icml",
+    data: Annotated[Path, typer.Option(help="The folder that the notebooks wrote their figures to.")] = Path("figures"),
+    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("figures/paper"),
+) -> None:
+    """Draw a paper's figures at a venue's widths from the data behind the notebooks' figures; nothing is computed anew."""
+    from workbench.plots.paper import draw
+
+    with _failures():
+        draw(name or (), data=data, out=out, venue=venue, say=typer.echo)
+
+
 def _short(value: float) -> str:
     return "" if value != value else f"{value:.3g}"
 

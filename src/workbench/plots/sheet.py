@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -11,11 +12,43 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from workbench.errors import WorkbenchError
+from workbench.options import near
 
-__all__ = ["COLUMN", "TEXT", "apply", "figure", "save", "style"]
+__all__ = ["COLUMN", "TEXT", "VENUES", "Venue", "apply", "figure", "save", "style", "venue_of"]
 
-COLUMN, TEXT = 3.25, 6.75  # widths of a column and of the text in the usual two-column venues, inches
+
+@dataclass(frozen=True)
+class Venue:
+    """Widths of a column and of the text in inches; equal where the pages have one column."""
+
+    column: float
+    text: float
+
+
+VENUES = {
+    "aaai": Venue(3.3, 7.0),
+    "acl": Venue(3.03, 6.3),
+    "cvpr": Venue(3.25, 6.875),
+    "iclr": Venue(5.5, 5.5),
+    "icml": Venue(3.25, 6.75),
+    "ieee": Venue(3.5, 7.16),
+    "jmlr": Venue(6.0, 6.0),
+    "neurips": Venue(5.5, 5.5),
+    "tmlr": Venue(6.5, 6.5),
+}
+COLUMN, TEXT = VENUES["icml"].column, VENUES["icml"].text
 _STYLE = Path(__file__).with_name("workbench.mplstyle")
+
+
+def venue_of(name: str) -> Venue:
+    """The widths of a venue's pages.
+
+    Raises:
+        WorkbenchError: an unknown venue.
+    """
+    if name not in VENUES:
+        raise WorkbenchError(f"no venue {name!r}{near(name, VENUES)}; choose of {', '.join(VENUES)}")
+    return VENUES[name]
 
 
 def style():
@@ -35,11 +68,21 @@ def figure(rows: int = 1, columns: int = 1, *, width: float = TEXT, height: floa
 
 
 def save(
-    fig: Figure, folder: str | Path, name: str, data: pd.DataFrame, *, caption: str, made: Mapping | None = None
+    fig: Figure,
+    folder: str | Path,
+    name: str,
+    data: pd.DataFrame,
+    *,
+    caption: str,
+    made: Mapping | None = None,
+    exact: bool = False,
 ) -> Path:
     """Write NAME.pdf and NAME.png, the data behind as NAME.csv, and a note (caption, how it was made) as NAME.json.
 
     The files hold no time stamp: the same figure gives the same bytes on the same machine. Returns the folder.
+
+    Args:
+        exact: keep the figure's size; else it is cut, or widened, to what is drawn.
 
     Raises:
         WorkbenchError: there is no data behind the figure.
@@ -48,7 +91,7 @@ def save(
         raise WorkbenchError(f"figure {name!r} has no data behind it")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with style():
+    with style(), plt.rc_context({"savefig.bbox": None if exact else "tight"}):
         fig.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "ModDate": None})
         fig.savefig(folder / f"{name}.png", metadata={"Software": None})
     data.to_csv(folder / f"{name}.csv", index=False, float_format="%.5g")
