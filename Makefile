@@ -14,7 +14,7 @@ export MKL_NUM_THREADS ?= 1
 # A kernel named python3 that lies elsewhere must not win over the environment's own.
 export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter$(if $(JUPYTER_PATH),:$(JUPYTER_PATH))
 
-.PHONY: help env demo figures test test-full nbval lab notebooks lock
+.PHONY: help env browser demo figures test test-full nbval lab notebooks lock
 
 help:
 	@echo "make demo       run every notebook on the bundled pool: copies in runs/, figures in figures/"
@@ -22,6 +22,7 @@ help:
 	@echo "make lab        open JupyterLab on the notebooks"
 	@echo "make test       ruff, the tests, every notebook at small parameters, nbval over the stored outputs"
 	@echo "make test-full  what make test leaves out because it is slow"
+	@echo "make browser    install a Chromium for make test-full, where there is none"
 	@echo "make notebooks  execute the notebooks in place and store their outputs (ONLY=03 for one)"
 	@echo "make lock       compile constraints.txt from pyproject.toml (needs uv)"
 	@echo "make env        create or update .venv, which the others do by themselves"
@@ -57,9 +58,18 @@ test: $(STAMP)
 	$(NOTEBOOKS) run --small
 	@$(MAKE) --no-print-directory nbval
 
-test-full: $(STAMP)
+test-full: $(STAMP) browser
 	$(PYTEST) -m slow
 	$(NOTEBOOKS) run --parameterised
+
+# A Chromium for the tests that drive the controls: the one that is there, the system's package, or playwright's own. Where
+# none can be had those tests are skipped and say so.
+browser: $(STAMP)
+	@command -v chromium chromium-browser google-chrome >/dev/null && exit 0; \
+	if test "$$(id -u)" = 0 && command -v apt-get >/dev/null; then \
+	  { apt-get install -qy chromium || { apt-get update -q && apt-get install -qy chromium; }; } >/dev/null 2>&1 && exit 0; \
+	fi; \
+	$(PY) -m playwright install chromium || echo "no chromium could be installed; tests that need it will be skipped" >&2
 
 # On a copy, since the notebooks write their figures beside them. The copy must be pytest's root: cells of files outside
 # it all have the same name, and only one notebook's would run. Its own empty settings keep pyproject's away (there
