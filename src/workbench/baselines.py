@@ -29,7 +29,7 @@ from workbench.adapt.frugal import (
     train_subspace,
     train_vectors,
 )
-from workbench.adapt.gradient import Schedule, check_schedule
+from workbench.adapt.gradient import Schedule, Watch, check_schedule
 from workbench.adapters import Adapter
 from workbench.base import Base
 from workbench.compose import grouped
@@ -102,14 +102,19 @@ _TRAINERS = {
 }
 
 
-def train_many(place: Workplace, kind: str, cases: Sequence[Case], options: Mapping) -> list[tuple[Adapter, dict]]:
-    """Train one adapter a case by a kind of baseline, side by side: each with its facts (passes, tokens, parameters)."""
+def train_many(
+    place: Workplace, kind: str, cases: Sequence[Case], options: Mapping, *, watch: Watch | None = None
+) -> list[tuple[Adapter, dict]]:
+    """Train one adapter a case by a kind of baseline, side by side: each with its facts (passes, tokens, parameters).
+
+    `watch`: see `gradient.fit`; a new adapter's training alone is watched.
+    """
     trainer = _TRAINERS[kind]
     schedule, own = scheduled(trainer.schedule, options)
     shape = {f.name: own.pop(f.name) for f in fields(Plan) if f.name in own and trainer.plan}
     plan = replace(trainer.plan, **shape) if trainer.plan else None
     if plan and trainer.function is train_fresh:
-        own["plans"] = [plan] * len(cases)
+        own |= {"plans": [plan] * len(cases), "watch": watch}
     elif plan:
         own["plan"] = plan
     train, validation = ([place.encoded(case, split) for case in cases] for split in ("train", "validation"))

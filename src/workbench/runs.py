@@ -63,14 +63,14 @@ def check_options(method: str, options: Mapping) -> None:
         BASELINES[method].check(options)
 
 
-def check_examples(method: str, pool: Pool) -> None:
-    """Check, before anything runs, that a merge which needs the adapters' examples can have them.
+def check_examples(method: str, pool: Pool, names: Sequence[str] | None = None) -> None:
+    """Check, before anything runs, that a merge which needs the adapters' examples can have them (None: of the whole pool).
 
     Raises:
         MergeError: the pool holds adapters that are not bundled ones, whose tasks are not known.
     """
     needs = methods()[method].needs if method in methods() else ""
-    unknown = [name for name in pool.names if world.find(name) is None] if needs else []
+    unknown = [name for name in names or pool.names if world.find(name) is None] if needs else []
     if unknown:
         raise MergeError(
             f"{method} needs {needs} of each adapter's examples, which a recipe finds for bundled adapters only, not for "
@@ -109,6 +109,7 @@ class Workplace:
         self._stacks: dict = {}
         self._orders: dict[tuple, list[str]] = {}  # the whole pool by closeness, which many recipes ask for
         self._merged: dict = {}
+        self.beside: dict = {}  # what stands beside merges of adapters picked by hand, see `workbench.trial`
         self._examples: dict[int, list[Task]] = {}  # id of a stack → the task of each adapter it holds or stands in for
 
     def encoded(self, case: Case, split: str, shots: int = 0) -> list[Encoded]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workbench.adapt.gradient import Curves, Schedule, fit
+from workbench.adapt.gradient import Curves, Schedule, Watch, fit
 from workbench.adapters import Adapter, Factors
 from workbench.base import Base
 from workbench.compose import LowRank
@@ -76,8 +76,12 @@ def train_fresh(
     seeds: Sequence[int],
     plans: Sequence[Plan] | None = None,
     autocast: bool = False,
+    watch: Watch | None = None,
 ) -> tuple[list[Adapter], Curves]:
     """Train one new adapter per list of examples, all at once, each exactly as it would be trained alone.
+
+    Args:
+        watch: see `gradient.fit`.
 
     Raises:
         AdapterError: a plan that targets no layer of the base.
@@ -106,6 +110,7 @@ def train_fresh(
         schedule,
         seeds,
         autocast=autocast,
+        watch=watch,
     )
     adapters = []
     for g, (name, plan) in enumerate(zip(names, plans, strict=True)):

@@ -2,13 +2,14 @@
 
 chooser = widgets.AdapterChooser(pool, chosen=["first-two-letters"])   # then chooser.names, chooser.stack()
 explorer = widgets.WeightExplorer(base, stack, task)                   # then explorer.weights, explorer.adapter()
+bench = widgets.MergeBench(base, pool, task)                             # then bench.trial, bench.adapter
 """
 
 from importlib import import_module
 
-__all__ = ["AdapterChooser", "WeightExplorer"]
+__all__ = ["AdapterChooser", "MergeBench", "WeightExplorer"]
 
-_HOMES = {"AdapterChooser": "chooser", "WeightExplorer": "weights"}
+_HOMES = {"AdapterChooser": "chooser", "MergeBench": "bench", "WeightExplorer": "weights"}
 
 
 def __getattr__(name: str):

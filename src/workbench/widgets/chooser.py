@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import ipywidgets
 from matplotlib.figure import Figure
@@ -42,6 +42,7 @@ class AdapterChooser(Panel):
         """
         self.pool = pool
         self._chosen = _checked(pool, chosen)
+        self._told: list[Callable[[], None]] = []
         facts = pool.table[pool.table["accepted"]].set_index("name")
         self._ranks = {name: int(rank) for name, rank in facts["rank"].items()}
         self._units = {name: round(n) for name, n in (facts["mean_rank"] * facts["modules"].astype(float)).items()}
@@ -110,6 +111,10 @@ class AdapterChooser(Panel):
         """The line of code that makes the same stack, where the pool is called `pool`."""
         return f"pool.stack({list(self.names)!r})"
 
+    def on_choice(self, call: Callable[[], None]) -> None:
+        """Have a function called after every change of the choice."""
+        self._told.append(call)
+
     def stack(self) -> Stack:
         """The chosen adapters as a stack.
 
@@ -124,7 +129,7 @@ class AdapterChooser(Panel):
     def _choose(self, names: set[str]) -> None:
         self._chosen = names
         self._list()
-        self.attempt(self._update, self._blank)
+        self._changed()
 
     def _filtered(self, _) -> None:
         self._list()
@@ -134,7 +139,12 @@ class AdapterChooser(Panel):
         if not self._listing:
             listed = {name for _, name in self.listed.options}
             self._chosen = (self._chosen - listed) | set(change["new"])
-            self.attempt(self._update, self._blank)
+            self._changed()
+
+    def _changed(self) -> None:
+        self.attempt(self._update, self._blank)
+        for call in self._told:
+            call()
 
     def _list(self) -> None:
         """Fill the list; what that does to its value is no choice of anyone's."""

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import html
 import io
+import threading
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import ipywidgets
 import traitlets
 from matplotlib.figure import Figure
 
+from workbench.base import Base
+from workbench.errors import BaseError
 from workbench.screen import printable
 
-__all__ = ["Panel", "Picture", "label", "png", "sentence"]
+__all__ = ["MEMORY", "Panel", "Picture", "alone", "label", "png", "sentence"]
+
+# (class name, key) → the settings of the last control made with that key in this kernel; the next one takes them up.
+MEMORY: dict[tuple[str, str], dict] = {}
 
 _NO_MATHS = str.maketrans({"$": "[dollar]", "\\": "∖"})
 
@@ -27,6 +35,35 @@ def label(text: str, limit: int = 60) -> str:
 def sentence(text: str, tag: str = "span", role: str = "status") -> str:
     """Escaped text as an HTML element that screen readers announce when it changes."""
     return f'<{tag} role="{role}" class="tex2jax_ignore mathjax_ignore">{html.escape(text)}</{tag}>'
+
+
+_LOCKS: WeakKeyDictionary = WeakKeyDictionary()  # a base's model → the lock of those who put hooks on it
+_MAKING = threading.Lock()
+
+
+@contextmanager
+def alone(base: Base, *, stop: Callable[[], bool] | None = None) -> Iterator[None]:
+    """Have a base to oneself: the hooks of whoever composes on it would be in everybody's forward pass.
+
+    Controls and their jobs take turns by this; cells that use the base meanwhile do not.
+
+    Args:
+        stop: asked now and then while waiting, true gives up; None does not wait.
+
+    Raises:
+        BaseError: somebody else has it, and waiting is not allowed, or no longer.
+    """
+    with _MAKING:
+        lock = _LOCKS.setdefault(base.model, threading.RLock())
+    had = lock.acquire(blocking=False)
+    while not had and stop is not None and not stop():
+        had = lock.acquire(timeout=0.1)
+    if not had:
+        raise BaseError(f"{base.name or 'the base'} is busy with a job of this notebook; try again when that has ended")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def png(figure: Figure) -> bytes:

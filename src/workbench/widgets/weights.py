@@ -21,7 +21,7 @@ from workbench.licences import gathered
 from workbench.screen import printable
 from workbench.stack import Stack
 from workbench.tasks import Task
-from workbench.widgets.parts import Panel, Picture, label, sentence
+from workbench.widgets.parts import Panel, Picture, alone, label, sentence
 
 __all__ = ["WeightExplorer", "loss_curve"]
 
@@ -61,7 +61,7 @@ class WeightExplorer(Panel):
             SelectionError: more than 10 adapters.
             TaskError: no such split, or no examples in it.
             MergeError: the wrong number of weights, or one outside −1.5 … 1.5.
-            BaseError, AdapterError: adapters that do not fit the base.
+            BaseError, AdapterError: adapters that do not fit the base, or one that a job of another control is using.
         """
         if len(stack) > MOST:
             raise SelectionError(
@@ -98,7 +98,8 @@ class WeightExplorer(Panel):
         self.numbers, self._code, self._caption = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
         self._picture = Picture()
         super().__init__([*self.sliders.values(), self.numbers, self._code, self._caption, self._picture])
-        self._base_scores = score(base, [self._examples])
+        with alone(base):
+            self._base_scores = score(base, [self._examples])
         self._scores: Scores | None = None
         self._first()
         for name, slider in self.sliders.items():
@@ -138,7 +139,8 @@ class WeightExplorer(Panel):
 
     def _score(self, candidates: Tensor) -> Scores:
         """Scores of candidates (C, N) side by side on the examples."""
-        return score(self.base, [self._examples] * len(candidates), shared(self._held, candidates))
+        with alone(self.base):
+            return score(self.base, [self._examples] * len(candidates), shared(self._held, candidates))
 
     def _first(self) -> None:
         self._scores = self._score(self._present()[None])
