@@ -54,6 +54,7 @@ class Trial:
 
     names: tuple[str, ...]
     task: str
+    metric: str
     method: str
     options: Mapping
     seed: int
@@ -196,7 +197,7 @@ def try_merge(
     table = _table({what: scores[what] for what in order})
     adapters = {what: adapters[what] for what in order}
     told, asked = (watch.done, watch.total), watch.asked
-    made = (tuple(stack.names), task.name, method, options, seed, control, new, table, adapters)
+    made = (tuple(stack.names), task.name, task.metric, method, options, seed, control, new, table, adapters)
     return Trial(*made, tuple(stack.modules), fitted, scale, told, asked)
 
 

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
+import html
 from collections.abc import Callable, Mapping, Sequence
 
 import ipywidgets
 
-from workbench.adapt import ADAPTIVE
 from workbench.base import Base
-from workbench.controls import MATCHES
 from workbench.errors import MergeError
-from workbench.merge import methods
-from workbench.options import Count, Option, near
 from workbench.pool import Pool
-from workbench.runs import Workplace, check_examples, check_options
+from workbench.runs import Workplace
 from workbench.tasks import Task
 from workbench.trial import Trial, line, try_merge
 from workbench.widgets.benchtabs import Tabs
 from workbench.widgets.chooser import AdapterChooser
 from workbench.widgets.form import Form
+from workbench.widgets.method import MethodChooser
 from workbench.widgets.outcome import interval_picture, result_rows, result_table, told
-from workbench.widgets.parts import MEMORY, Panel, Picture, alone, label, sentence
+from workbench.widgets.parts import MEMORY, Panel, Picture, alone, sentence
 from workbench.widgets.work import Tell, Work
 
 __all__ = ["MergeBench"]
-
-_RANK = {"rank": Option(None, Count | None)}  # of every merge, not of its function: where to cut the result
 
 
 class MergeBench(Panel):
@@ -39,8 +34,8 @@ class MergeBench(Panel):
 
     Nothing runs before a button is pressed; one job at a time, which the button Stop ends: a fit with its best so far. The
     control and the new adapter are kept, so that a second merge is quick. The form is made from the method's signature; a
-    method registered later is listed once the choice changes or a job has ended. Cells that use `base` while a job runs
-    disturb it, and each other.
+    method registered later is listed once a setting changes or a job has ended. Cells that use `base` while a job runs
+    disturb it, and it them.
 
     `key`: the settings, not the results, outlive this control: the next one of this key takes them up.
     """
@@ -72,50 +67,10 @@ class MergeBench(Panel):
 
         self.base, self.pool, self.task, self.new, self.key = base, pool, task, dict(new or {}), key
         self.trial: Trial | None = None
-        self._place, self._texts = Workplace(base, pool), {}
-        self._listed = self._available()
-        if method not in self._listed:
-            raise MergeError(f"{method!r} is not to be had here{near(method, self._listed)}; {self._unlisted()}")
-        check_options(method, dict(options or {}))
+        self._beside = Workplace(base, pool)
         self.chooser = AdapterChooser(pool, chosen=chosen)
-        self._build(method, seed)
-        self._reform()
-        self.form.take({name: self.form.text(name, value) for name, value in (options or {}).items()})
-        self._drop = self._recall()
-        self._changed()
-        if self._drop:
-            self._said.value = sentence(f"Remembered, but no longer to be had: {', '.join(self._drop)}.")
-        self.chooser.on_choice(self._changed)
-        self.method.observe(lambda _: (self._reform(), self._changed()), "value")
-        for one in (self.seed, self.control, self.tabs.prompt, self.tabs.limit, self.tabs.path):
-            one.observe(lambda _: self._changed(), "value")
-
-    def _build(self, method: str, seed: int) -> None:
-        style = {"description_width": "8.5em"}
-        self.method = ipywidgets.Dropdown(
-            options=[(label(name), name) for name in self._listed],
-            value=method,
-            description="Method",
-            tooltip="How the chosen adapters are merged",
-            style=style,
-            layout={"width": "24em"},
-        )
-        self.seed = ipywidgets.BoundedIntText(
-            seed,
-            min=0,
-            max=2**31 - 1,
-            description="Seed",
-            tooltip="Of the fits and of the random adapters",
-            style={"description_width": "4em"},
-            layout={"width": "11em"},
-        )
-        self.control = ipywidgets.Dropdown(
-            options=list(MATCHES),
-            description="Control matched by",
-            tooltip="What the random adapters of the control have in common with the chosen ones",
-            style={"description_width": "10em"},
-            layout={"width": "19em"},
-        )
+        self.how = MethodChooser(pool, method, options or {}, seed, self._changed)
+        self.tabs = Tabs(self)
         self.go = ipywidgets.Button(
             description="Merge",
             button_style="primary",
@@ -125,38 +80,38 @@ class MergeBench(Panel):
             False, description="Show the code", tooltip="The lines that do the same without this control"
         )
         self.work, self._picture = Work(), Picture()
-        self._doc, self._out, self._code, self._said, self.result = (ipywidgets.HTML() for _ in range(5))
-        self._code.layout.display = "none"
-        self._out.value = sentence(self._unlisted(), role="note")
-        self._place_of_form = ipywidgets.Box(layout={"width": "100%"})
-        self.tabs = Tabs(self)
-        self._accordion = ipywidgets.Accordion(
-            [self.chooser], titles=("Adapters",), selected_index=None if self.chooser.names else 0
-        )
-        row, buttons = ({"flex_flow": "row wrap"} for _ in range(2))
+        self._code, self._said, self.result = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
+        self._fold = ipywidgets.Accordion([self.chooser], titles=("Adapters",))
+        row = ipywidgets.HBox([self.go, self.show_code, self.work], layout={"flex_flow": "row wrap"})
         super().__init__([])
         self.layout.max_width = "70em"
-        self.children = [
-            self._accordion,
-            ipywidgets.HBox([self.method, self.seed, self.control], layout=row),
-            self._doc,
-            self._place_of_form,
-            self._out,
-            ipywidgets.HBox([self.go, self.show_code, self.work], layout=buttons),
-            self._said,
-            self._message,
-            self._code,
-            self.result,
-            self._picture,
-            self.tabs,
-        ]
+        above = [self._fold, self.how, row, self._said, self._message, self._code]
+        self.children = [*above, self.result, self._picture, self.tabs]
+        lost = self._recall()
+        self._fold.selected_index = None if self.names else 0
+        self._changed()
+        if lost:
+            self._said.value = sentence(f"Remembered, but no longer to be had: {', '.join(lost)}.")
+        self.chooser.on_choice(self._changed)
         self.go.on_click(lambda _: self.merge())
-        self.show_code.observe(lambda _: self._tell_code(), "value")
+        self.show_code.observe(lambda _: self._changed(), "value")
+        for one in (self.tabs.prompt, self.tabs.limit, self.tabs.path):
+            one.observe(lambda _: self._changed(), "value")
 
     @property
     def names(self) -> tuple[str, ...]:
         """The chosen adapters, in the pool's order."""
         return self.chooser.names
+
+    @property
+    def method(self) -> ipywidgets.Dropdown:
+        """The list of methods."""
+        return self.how.method
+
+    @property
+    def form(self) -> Form:
+        """The present method's form."""
+        return self.how.form
 
     @property
     def adapter(self):
@@ -173,12 +128,12 @@ class MergeBench(Panel):
     def code(self) -> str:
         """The lines that do what the present settings do, where base, pool and task have these names.
 
+        Of a fit that was stopped, the lines that stop at the same step, as long as the settings stay.
+
         Raises:
             MergeError: a value that its option does not allow.
         """
-        call = self._call()
-        if self.trial is not None and self.trial.until is not None and self._same():
-            call = self.trial.code
+        call = self.trial.code if self._same() else self._call()
         return f"from workbench.trial import try_merge\ntrial = {call}\ntrial.table"
 
     def merge(self) -> None:
@@ -187,11 +142,14 @@ class MergeBench(Panel):
         What cannot be done is told in the control, not raised.
         """
         found: list[Trial | None] = []
-
-        def job(tell: Tell) -> None:
-            given = dict(zip(("method", "options"), settings, strict=True), seed=self.seed.value)
-            given |= {"control": self.control.value, "new": self.new, "place": self._place}
-            found.append(try_merge(self.base, self.pool, names, self.task, **given, tell=tell))
+        try:
+            if not self.names:
+                raise MergeError("no adapter is chosen; choose some above")
+            given = (self.base, self.pool, self.names, self.task, self.method.value, self.how.options())
+        except MergeError as error:
+            self.told(error)
+            return
+        more = {"seed": self.how.seed.value, "control": self.how.control.value, "new": self.new, "place": self._beside}
 
         def ended() -> None:
             if found[0] is None:
@@ -201,14 +159,7 @@ class MergeBench(Panel):
             else:
                 self._show(found[0])
 
-        try:
-            names, settings = self.names, (self.method.value, self._options())
-            if not names:
-                raise MergeError("no adapter is chosen; choose some above")
-        except Exception as error:
-            self.told(error)
-        else:
-            self.run(job, ended)
+        self.run(lambda tell: found.append(try_merge(*given, **more, tell=tell)), ended)
 
     def run(self, job: Callable[[Tell], None], ended: Callable[[], None]) -> None:
         """Have a job run with the base to itself, the buttons disabled meanwhile, and then `ended` if it raised nothing."""
@@ -221,12 +172,14 @@ class MergeBench(Panel):
                 job(tell)
 
         def after(error: Exception | None) -> None:
-            self._busy(False)
-            if error is not None:
-                self.told(error)
-            else:
-                self.attempt(ended, lambda: None)
-            self._refresh()
+            try:
+                if error is not None:
+                    self.told(error)
+                else:
+                    self.attempt(ended, lambda: None)
+                self.how.refresh()
+            finally:
+                self._busy(False)
 
         self.told(None)
         self._said.value = ""
@@ -234,82 +187,36 @@ class MergeBench(Panel):
         self.work.start(alone_with_it, after)
 
     def __repr__(self) -> str:
-        rows = [f"MergeBench: {len(self.names)} adapters of pool {self.pool.name!r} chosen; task {self.task.name}"]
+        rows = [f"MergeBench: {len(self.names)} of pool {self.pool.name!r}'s adapters chosen; task {self.task.name}"]
         if self.trial is None:
             rows.append("Nothing is merged yet: press Merge, and the control and a new adapter come with it.")
         else:
             rows += [told(self.trial)]
-            rows += [": ".join(cells[:2]) + f", loss {cells[2]}" for cells in result_rows(self.trial, self.task)]
+            rows += [f"{what}: {match}, loss {loss}" for what, match, loss, _ in result_rows(self.trial)]
         rows += [f"could not be computed: {self.error}"] if self.error else []
         try:
             return "\n".join([*rows, self.code])
         except MergeError as error:
             return "\n".join([*rows, f"no code: {error}"])
 
-    def _available(self) -> list[str]:
-        """Merges and fits, but for those that need what is not known of this pool."""
-        self._lacking = {}
-        for name in methods():
-            try:
-                check_examples(name, self.pool)
-            except MergeError:
-                self._lacking[name] = methods()[name].needs
-        return [*ADAPTIVE, *(name for name in methods() if name not in self._lacking)]
-
-    def _unlisted(self) -> str:
-        if not self._lacking:
-            return ""
-        return (
-            f"Not listed: {', '.join(self._lacking)}. They look at examples of each adapter's own task, which are known for "
-            "bundled adapters only; give them to workbench.merge.collect, and its result to wb.merge(…, statistics=…)."
-        )
-
-    def _refresh(self) -> None:
-        """List methods that were registered since."""
-        self._listed = self._available()
-        options = tuple((label(name), name) for name in self._listed)
-        if options != self.method.options:
-            value = self.method.value
-            self.method.options = options
-            self.method.value = value if value in self._listed else self._listed[0]
-            self._out.value = sentence(self._unlisted(), role="note")
-
-    def _known(self) -> Mapping[str, Option]:
-        name = self.method.value
-        return ADAPTIVE[name].options if name in ADAPTIVE else methods()[name].options | _RANK
-
-    def _options(self) -> dict:
-        found = self.form.options()
-        check_options(self.method.value, found)
-        return found
-
-    def _reform(self) -> None:
-        """The form of the method: what was typed into it before is there again."""
-        name = self.method.value
-        self.form = Form(self._known(), self._changed)
-        self.form.take(self._texts.get(name, {}))
-        self._place_of_form.children = [self.form]
-        record = {**methods(), **ADAPTIVE}[name]
-        summary = (inspect.getdoc(record.function) or "").partition("\n")[0]
-        self._doc.value = sentence(f"{summary} {record.paper}".strip(), role="note")
-
     def _call(self) -> str:
-        settings = self.names, self.method.value, self._options(), self.seed.value, self.control.value
-        return line(*settings, self.new)
+        how = self.how
+        return line(self.names, how.method.value, how.options(), how.seed.value, how.control.value, self.new)
 
     def _same(self) -> bool:
-        """Whether the trial shown is of the present settings."""
+        """Whether a trial is shown, and of the present settings."""
         made = self.trial
-        return line(made.names, made.method, made.options, made.seed, made.control, made.new) == self._call()
+        return made is not None and self._call() == line(
+            made.names, made.method, made.options, made.seed, made.control, made.new
+        )
 
     def _changed(self) -> None:
-        self._texts[self.method.value] = self.form.texts
-        self._refresh()
-        self._accordion.titles = (f"Adapters: {len(self.names)} of {len(self.pool)} chosen",)
+        self.how.refresh()
+        self._fold.titles = (f"Adapters: {len(self.names)} of {len(self.pool)} chosen",)
         if self.key is not None:
-            MEMORY[type(self).__name__, self.key] = self._settings()
-        if not self.work.running:
-            self._said.value = ""
+            own = {name: getattr(self.tabs, name).value for name in ("prompt", "limit", "path")}
+            MEMORY[type(self).__name__, self.key] = {"chosen": list(self.names), **self.how.settings, **own}
+        self._said.value = ""
         try:
             self._tell_code()
             self.told(None)
@@ -317,58 +224,36 @@ class MergeBench(Panel):
             self._code.value = ""
             self.told(error)
 
+    def _recall(self) -> list[str]:
+        """Take up what is remembered under the key; what of it is no longer to be had."""
+        kept = MEMORY.get((type(self).__name__, self.key)) if self.key is not None else None
+        if kept is None:
+            return []
+        lost = [name for name in kept["chosen"] if name not in self.pool.names]
+        self.chooser.names = [name for name in kept["chosen"] if name not in lost]
+        for name in ("prompt", "limit", "path"):
+            getattr(self.tabs, name).value = kept[name]
+        return lost + self.how.take(kept)
+
     def _tell_code(self) -> None:
         self._code.layout.display = "block" if self.show_code.value else "none"
         blocks = [self.code]
         if self.trial is not None and not self._same():
             blocks.append(f"# the result below is of earlier settings:\ntrial = {self.trial.code}")
             self._said.value = sentence("The result below is of earlier settings; Merge again.")
-        self._code.value = sentence("\n".join(blocks), "pre", "note")
+        style = "white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.4"
+        shown = html.escape("\n".join(blocks))
+        self._code.value = f"<pre class='tex2jax_ignore mathjax_ignore' style='{style}'>{shown}</pre>"
 
     def _show(self, trial: Trial) -> None:
         self.trial = trial
-        self.result.value = result_table(trial, self.task)
-        self._picture.show(
-            interval_picture(trial, self.task),
-            "\n".join(map(": ".join, (r[:2] for r in result_rows(trial, self.task)))),
-        )
+        says = "\n".join(f"{what}: {match}" for what, match, *_ in result_rows(trial))
+        self.result.value = result_table(trial)
+        self._picture.show(interval_picture(trial), says)
         self.tabs.show(trial)
+        self._said.value = ""
         self._tell_code()
 
     def _busy(self, busy: bool) -> None:
         self.go.disabled = busy
         self.tabs.busy(busy)
-
-    def _settings(self) -> dict:
-        tabs = self.tabs
-        return {
-            "chosen": list(self.names),
-            "method": self.method.value,
-            "texts": {name: dict(texts) for name, texts in self._texts.items() if texts},
-            "seed": self.seed.value,
-            "control": self.control.value,
-            "prompt": tabs.prompt.value,
-            "limit": tabs.limit.value,
-            "path": tabs.path.value,
-        }
-
-    def _recall(self) -> list[str]:
-        """Take up what is remembered under the key; what of it is no longer to be had."""
-        kept = MEMORY.get((type(self).__name__, self.key), {}) if self.key is not None else {}
-        if not kept:
-            return []
-        lost = [name for name in kept["chosen"] if name not in self.pool.names]
-        self.chooser.names = [name for name in kept["chosen"] if name not in lost]
-        self._accordion.selected_index = None if self.names else 0
-        self._texts = {name: dict(texts) for name, texts in kept["texts"].items()}
-        if kept["method"] in self._listed:
-            self.method.value = kept["method"]
-        else:
-            lost.append(f"method {kept['method']}")
-        self._texts.setdefault(self.method.value, {})
-        self._reform()
-        lost += [f"option {name}" for name in self._texts[self.method.value] if name not in self.form.fields]
-        self.seed.value, self.control.value = kept["seed"], kept["control"]
-        for name in ("prompt", "limit", "path"):
-            getattr(self.tabs, name).value = kept[name]
-        return lost

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from workbench import metrics
 from workbench.adapters import Adapter
 from workbench.screen import printable
-from workbench.tasks import Task
 from workbench.trial import MERGE, NEW, Trial
 
 __all__ = [
@@ -45,7 +44,7 @@ def told(trial: Trial) -> str:
     return said
 
 
-def result_rows(trial: Trial, task: Task) -> list[tuple[str, str, str, str]]:
+def result_rows(trial: Trial) -> list[tuple[str, str, str, str]]:
     """The table's cells: what, accuracy, loss, and the merge's accuracy minus this one's, each with its interval."""
     rows = []
     for what, row in trial.table.iterrows():
@@ -61,9 +60,9 @@ def result_rows(trial: Trial, task: Task) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def result_table(trial: Trial, task: Task) -> str:
+def result_table(trial: Trial) -> str:
     """The table as HTML."""
-    measure = "exact match" if task.metric == metrics.DEFAULT else f"accuracy ({task.metric})"
+    measure = _measure(trial)
     head = ("", measure, "loss (nats per answer token)", f"merge − this ({measure})")
     note = "Brackets: 95 %, over these test examples alone; another draw of training examples may come out otherwise."
     return (
@@ -76,13 +75,13 @@ def result_table(trial: Trial, task: Task) -> str:
             f"<tr><th scope='row' style='text-align:left'>{html.escape(what)}</th>"
             + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
             + "</tr>"
-            for what, *cells in result_rows(trial, task)
+            for what, *cells in result_rows(trial)
         )
         + f"</table><p {_PLAIN} style='margin:0 1em;opacity:.8'>{html.escape(note)}</p>"
     )
 
 
-def interval_picture(trial: Trial, task: Task) -> Figure:
+def interval_picture(trial: Trial) -> Figure:
     """Accuracy and loss of the merge and of what stands beside it, with their intervals."""
     from workbench import plots
 
@@ -90,7 +89,7 @@ def interval_picture(trial: Trial, task: Task) -> Figure:
     table = trial.table.reset_index().assign(what=lambda t: t["what"].str.replace(" ", "\n", n=1))
     first, second = figure.subplots(1, 2)
     accuracy = table.rename(columns={"accuracy": "mean"})
-    plots.intervals(first, accuracy, x="what", label="exact match" if task.metric == metrics.DEFAULT else task.metric)
+    plots.intervals(first, accuracy, x="what", label=_measure(trial))
     loss = table.drop(columns=["low", "high"]).rename(columns={"loss": "mean", "loss_low": "low", "loss_high": "high"})
     plots.intervals(second, loss, x="what", label="loss (nats per token)")
     first.set_ylim(-0.04, 1.04)
@@ -138,7 +137,7 @@ def heat_maps(coefficients: pd.DataFrame) -> Figure:
         )
         values = values.reindex(index=place["layer"].drop_duplicates(), columns=place["projection"].drop_duplicates())
         plots.heatmap(ax, values, limits=(-reach, reach))
-        ax.set_title(printable(name, 26), fontsize=8, parse_math=False)
+        ax.set_title(printable(name, 30), fontsize=7.5, parse_math=False)
         ax.tick_params(labelsize=8)
         ax.set_ylabel("layer", fontsize=8)
     for ax in axes[len(shown) :]:
@@ -158,6 +157,10 @@ def answers_table(answers: Mapping[str, str]) -> str:
     return (
         f"<table role='status' {_PLAIN} style='width:100%;table-layout:fixed'><tr>{heads}</tr><tr>{cells}</tr></table>"
     )
+
+
+def _measure(trial: Trial) -> str:
+    return "exact match" if trial.metric == metrics.DEFAULT else f"accuracy ({trial.metric})"
 
 
 def _visible(text: str) -> str:
