@@ -161,10 +161,17 @@ class MergeBench(Panel):
 
         self.run(lambda tell: found.append(try_merge(*given, **more, tell=tell)), ended)
 
-    def run(self, job: Callable[[Tell], None], ended: Callable[[], None]) -> None:
-        """Have a job run with the base to itself, the buttons disabled meanwhile, and then `ended` if it raised nothing."""
+    def run(
+        self, job: Callable[[Tell], None], ended: Callable[[], None], say: Callable[[Exception], None] = lambda _: None
+    ) -> None:
+        """Have a job run with the base to itself, the buttons disabled meanwhile, and then `ended` if it raised nothing.
+
+        An error is told below the buttons, and by `say` where the button pressed is elsewhere.
+        """
         if self.work.running:
-            self.told(MergeError("a job is running; stop it first, or wait for its end"))
+            busy = MergeError("a job is running; stop it first, or wait for its end")
+            self.told(busy)
+            say(busy)
             return
 
         def alone_with_it(tell: Tell) -> None:
@@ -175,6 +182,7 @@ class MergeBench(Panel):
             try:
                 if error is not None:
                     self.told(error)
+                    say(error)
                 else:
                     self.attempt(ended, lambda: None)
                 self.how.refresh()
@@ -241,7 +249,7 @@ class MergeBench(Panel):
         if self.trial is not None and not self._same():
             blocks.append(f"# the result below is of earlier settings:\ntrial = {self.trial.code}")
             self._said.value = sentence("The result below is of earlier settings; Merge again.")
-        style = "white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.4"
+        style = "white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;line-height:1.4"
         shown = html.escape("\n".join(blocks))
         self._code.value = f"<pre class='tex2jax_ignore mathjax_ignore' style='{style}'>{shown}</pre>"
 

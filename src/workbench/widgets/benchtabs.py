@@ -31,7 +31,8 @@ class Tabs(ipywidgets.Tab):
         self.opening = _button(
             "Open the sliders", "One slider for each chosen adapter, with the loss on validation examples"
         )
-        self._sliders = ipywidgets.VBox([self.opening])
+        self.opened = ipywidgets.HTML()
+        self._sliders = ipywidgets.VBox([self.opening, self.opened])
         first = (bench.task.validation or bench.task.train or bench.task.test)[:1]
         self.prompt = ipywidgets.Textarea(
             bench.task.prompt(first[0]) if first else "",
@@ -108,9 +109,10 @@ class Tabs(ipywidgets.Tab):
 
         def ended() -> None:
             self.explorer = made[0]
-            self._sliders.children = [self.opening, self.explorer]
+            self._sliders.children = [self.opening, self.opened, self.explorer]
 
-        bench.run(job, ended)
+        self.opened.value = ""
+        bench.run(job, ended, lambda error: _failed(self.opened, error))
 
     def answer(self) -> None:
         """Have the merge, and all that stands beside it, continue the prompt."""
@@ -123,7 +125,8 @@ class Tabs(ipywidgets.Tab):
         def ended() -> None:
             self.answers.value = answers_table(found) if found else ""
 
-        bench.run(job, ended)
+        self.answers.value = ""
+        bench.run(job, ended, lambda error: _failed(self.answers, error))
 
     def write(self) -> None:
         """Save the merge shown; a folder that exists is left alone, with a sentence."""
@@ -142,12 +145,16 @@ class Tabs(ipywidgets.Tab):
             )
 
         self.saved.value = ""
-        self._bench.run(job, ended)
+        self._bench.run(job, ended, lambda error: _failed(self.saved, error))
 
     def _trial(self) -> Trial:
         if self._bench.trial is None:
             raise MergeError("nothing is merged yet; press Merge first")
         return self._bench.trial
+
+
+def _failed(place: ipywidgets.HTML, error: Exception) -> None:
+    place.value = sentence(f"This could not be done: {str(error) or type(error).__name__}", "strong", "alert")
 
 
 def _button(text: str, tooltip: str) -> ipywidgets.Button:

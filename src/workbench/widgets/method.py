@@ -11,9 +11,10 @@ from workbench.adapt import ADAPTIVE
 from workbench.controls import MATCHES
 from workbench.errors import MergeError
 from workbench.merge import methods
+from workbench.nano import world
 from workbench.options import Count, Option, near
 from workbench.pool import Pool
-from workbench.runs import check_examples, check_options
+from workbench.runs import check_options
 from workbench.widgets.form import Form
 from workbench.widgets.parts import label, sentence
 
@@ -41,7 +42,8 @@ class MethodChooser(ipywidgets.VBox):
         Raises:
             MergeError: an unknown method, or options that it does not allow.
         """
-        self._pool, self._texts, self._call = pool, {}, lambda: None
+        self._bundled = all(map(world.find, pool.names))
+        self._texts, self._call = {}, lambda: None
         listed = self._available()
         if method not in listed:
             raise MergeError(
@@ -123,12 +125,7 @@ class MethodChooser(ipywidgets.VBox):
         return lost
 
     def _available(self) -> list[str]:
-        self._lacking = []
-        for name in methods():
-            try:
-                check_examples(name, self._pool)
-            except MergeError:
-                self._lacking.append(name)
+        self._lacking = [name for name, one in methods().items() if one.needs and not self._bundled]
         return [*ADAPTIVE, *(name for name in methods() if name not in self._lacking)]
 
     def _unlisted(self) -> str:
