@@ -195,7 +195,7 @@ class MergeBench(Panel):
         self.work.start(alone_with_it, after)
 
     def __repr__(self) -> str:
-        rows = [f"MergeBench: {len(self.names)} of pool {self.pool.name!r}'s adapters chosen; task {self.task.name}"]
+        rows = [f"MergeBench: {len(self.names)} adapters of pool {self.pool.name!r} chosen; task {self.task.name}"]
         if self.trial is None:
             rows.append("Nothing is merged yet: press Merge, and the control and a new adapter come with it.")
         else:
