@@ -87,7 +87,9 @@ class Tabs(ipywidgets.Tab):
             self._maps.show(None)
             self._caption.value = sentence(f"{trial.method} learns no coefficients: each adapter has weight 1.")
             return
-        said = "Coefficients by layer and projection, one panel per adapter."
+        said = (
+            "Coefficients by layer and projection, one panel per adapter; white is 0 (which may be a module it lacks)."
+        )
         if found.shape[1] > MOST:
             said += f" The {MOST} largest of {found.shape[1]} adapters, by mean size."
         means = found.mean()
