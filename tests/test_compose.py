@@ -3,6 +3,7 @@
 import copy
 import math
 import sys
+import threading
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -23,8 +24,8 @@ from helpers import (
 )
 from workbench import lowrank
 from workbench.adapters import Adapter
-from workbench.base import Base, check_fits
-from workbench.compose import LowRank, Routed, compose, grouped, layer_shape, shared, slice_groups
+from workbench.base import Base, Batch, check_fits
+from workbench.compose import LowRank, Routed, alone, compose, grouped, layer_shape, shared, slice_groups
 from workbench.errors import AdapterError, BaseError, MergeError
 from workbench.stack import Stack
 
@@ -743,3 +744,54 @@ def test_a_factor_that_is_not_one_changes_nothing_but_ties():
     error = lambda got: (got.double() - exact).abs().max() / exact.abs().max()  # noqa: E731
     assert error(not_one) < 2 * 2**-23 + error(one)
     assert torch.equal(torch.tensor(float("inf")) * lowrank._NOT_ONE, torch.tensor(float("inf")))
+
+
+def test_another_thread_s_forward_pass_waits_and_sees_no_update(base, adapters):
+    """A background job composes while a cell runs the bare base: each gets what it would get alone."""
+    ids = some_ids(base, 2)
+    batch = Batch(ids, ids[:, -3:], 3)
+    with torch.no_grad():
+        bare = base.logits(batch)
+        with compose(base.model, grouped(adapters[:1])):
+            changed = base.logits(batch)
+    open_, go_on, found = threading.Event(), threading.Event(), {}
+
+    def composing():
+        with torch.no_grad(), compose(base.model, grouped(adapters[:1])):
+            open_.set()
+            go_on.wait(30)
+            found["composed"] = base.logits(batch)
+
+    def plain():
+        with torch.no_grad():
+            found["bare"] = base.logits(batch)
+
+    threads = [threading.Thread(target=composing), threading.Thread(target=plain)]
+    threads[0].start()
+    assert open_.wait(30)
+    threads[1].start()
+    threads[1].join(0.3)
+    assert "bare" not in found  # it waits
+    go_on.set()
+    for thread in threads:
+        thread.join(30)
+    assert torch.equal(found["bare"], bare)
+    assert torch.equal(found["composed"], changed)
+    assert not torch.equal(bare, changed)
+
+
+def test_the_model_is_free_again_after_an_error(base, adapters):
+    with pytest.raises(BaseError), compose(base.model, {"no.such": LowRank(torch.zeros(2, 1), torch.zeros(1, 2))}):
+        pass
+    with pytest.raises(RuntimeError, match="mine"), compose(base.model, grouped(adapters[:1])):
+        raise RuntimeError("mine")
+    free = []
+
+    def take():
+        free.append(alone(base.model).acquire(timeout=5))
+        alone(base.model).release()
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join(30)
+    assert free == [True]

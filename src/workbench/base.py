@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.attention import falls_back, repeat_heads
-from workbench.compose import computes_on, layer_shape
+from workbench.compose import alone, computes_on, layer_shape
 from workbench.errors import AdapterError, BaseError
 from workbench.loading import load_parts
 from workbench.prompts import turn_end
@@ -223,12 +223,13 @@ class Base:
                 n = len(batch.ids) // len(batch.prefix[0][0])
                 repeated = [tuple(part.repeat_interleave(n, 0) for part in layer) for layer in batch.prefix]
                 past = {"use_cache": True, "past_key_values": DynamicCache(repeated)}
-            with _head_reads(self.model.get_output_embeddings(), batch.at):
+            with alone(self.model), _head_reads(self.model.get_output_embeddings(), batch.at):
                 keep = batch.keep if batch.at is None else 0
                 return self.model(input_ids=batch.ids, logits_to_keep=keep, **past).logits
-        logits = self.model(
-            input_ids=batch.ids, attention_mask=batch.mask, decoder_input_ids=batch.decoder, use_cache=False
-        ).logits
+        with alone(self.model):
+            logits = self.model(
+                input_ids=batch.ids, attention_mask=batch.mask, decoder_input_ids=batch.decoder, use_cache=False
+            ).logits
         return logits[:, -batch.keep :]
 
     @torch.no_grad()
@@ -243,7 +244,8 @@ class Base:
         rope = str(getattr(self.model.config.get_text_config(), "rope_parameters", None))
         if self.decoder_start is not None or "dynamic" in rope or "longrope" in rope:
             return None
-        cache = self.model(input_ids=ids, logits_to_keep=1, use_cache=True).past_key_values
+        with alone(self.model):
+            cache = self.model(input_ids=ids, logits_to_keep=1, use_cache=True).past_key_values
         if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
             return None
         return [(layer.keys, layer.values) for layer in cache.layers]

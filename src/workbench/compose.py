@@ -9,6 +9,7 @@ taken as one product.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,19 @@ from workbench.errors import AdapterError, BaseError, MergeError
 from workbench.lowrank import LowRank, Routed, check_routing, filled_up, inner, scaled
 from workbench.stack import Stack
 
-__all__ = ["LowRank", "Routed", "check_routing", "compose", "grouped", "shared", "slice_groups"]
+__all__ = ["LowRank", "Routed", "alone", "check_routing", "compose", "grouped", "shared", "slice_groups"]
+
+_TURNS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_NEW_TURN = threading.Lock()
+
+
+def alone(model: nn.Module) -> threading.RLock:
+    """The model's lock, to be held while it computes: hooks are the model's, so that another thread would run under them.
+
+    `compose` holds it while it is open, and `Base` in each forward pass; one thread may take it again and again.
+    """
+    with _NEW_TURN:
+        return _TURNS.setdefault(model, threading.RLock())
 
 
 def grouped(adapters: Sequence[Adapter], device: str | torch.device = "cpu") -> dict[str, LowRank]:
@@ -93,6 +106,7 @@ def compose(model: nn.Module, updates: Mapping[str, LowRank], *, joined: bool | 
     Works on anything whose output is (rows, …, d_out) for an input (rows, …, d_in): Linear, Conv1D, quantised layers; and
     on embeddings, whose input is tokens. In a model that is spread over several devices each update goes to its layer's.
     Tensors that take no gradient are cast to the layer's type once, so they are not to be changed in an open context.
+    Other threads that want the model wait until the context closes (`alone`).
 
     Args:
         joined: take x Aᵀ of q, k and v, and of gate and up, as one product, where A takes no gradient; None: on a GPU.
@@ -110,6 +124,7 @@ def compose(model: nn.Module, updates: Mapping[str, LowRank], *, joined: bool | 
             f"{len(absent)} of {len(updates)} modules are not in this base, such as {absent[0]!r}; are the adapters of another base?"
         )
     handles, hooks = [], {}
+    alone(model).acquire()
     try:
         for name, update in updates.items():
             layer = found[name]
@@ -135,6 +150,7 @@ def compose(model: nn.Module, updates: Mapping[str, LowRank], *, joined: bool | 
             handle.remove()
         for family in {hook.family[0] for hook in hooks.values() if hook.family}:
             family.held = None
+        alone(model).release()
 
 
 class _Hook:

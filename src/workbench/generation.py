@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from workbench.base import Base
-from workbench.compose import LowRank, compose
+from workbench.compose import LowRank, alone, compose
 from workbench.errors import MergeError, TaskError
 
 __all__ = ["decode", "generate"]
@@ -93,7 +93,8 @@ def _written(base: Base, prompts: Sequence[Sequence[int]], settings) -> list[lis
         place = slice(width - len(prompt), None) if causal else slice(0, len(prompt))
         ids[i, place], mask[i, place] = torch.tensor(prompt), 1
     ids, mask = ids.to(base.device), mask.to(base.device)
-    found: Tensor = base.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+    with alone(base.model):
+        found: Tensor = base.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
     return [_ended(row, base.stop_ids) for row in found[:, width if causal else 1 :].tolist()]
 
 

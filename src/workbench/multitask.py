@@ -58,6 +58,7 @@ def multitask(
     fresh: Sequence[int] = (80,),
     schedule: Schedule = NEW_ADAPTER,
     floor: float = 0.5,
+    single: bool = True,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Merge a stack by each variant and score each merge on every task; all updates share their passes.
@@ -72,6 +73,7 @@ def multitask(
         fresh: a new adapter is trained for each number of training examples per task, all tasks' together; its rank is
             `rank`, or the mean rank of the stack.
         floor: least own accuracy at which `relative` is defined.
+        single: look for the best single adapter, which scores every one at every λ.
         seed: of the random stand-ins and the new adapters.
 
     Returns:
@@ -96,7 +98,9 @@ def multitask(
     for control in controls:
         drawn = random_like(stack, control, seed=seed)
         found += [_merged(drawn, name, control, choices, rank) for name, choices in variants.items()]
-    found.append([[_Candidate("best single", "", 0, "alone", {"of": n}, stack.adapter(n), 0.0) for n in stack.names]])
+    if single:
+        each = [_Candidate("best single", "", 0, "alone", {"of": n}, stack.adapter(n), 0.0) for n in stack.names]
+        found.append([each])
     width = rank or int(stack.ranks()[stack.ranks() > 0].float().mean() + 0.5)
     found += [[[_fresh(base, tasks, validation, n, width, schedule, seed)]] for n in fresh]
 
