@@ -12,9 +12,10 @@ from scipy.spatial.distance import pdist
 from sklearn.decomposition import PCA
 from sklearn.metrics import normalized_mutual_info_score
 
+from workbench import clusters
 from workbench.adapters import Adapter, Factors
 from workbench.canonical import CANONICAL, canonical
-from workbench.clusters import cluster_units, purity, sharing, unit_map
+from workbench.clusters import cluster_units, members, purity, sharing, unit_map
 from workbench.errors import MergeError, SelectionError
 from workbench.merge import merge
 from workbench.merge.lego import cluster, features
@@ -126,6 +127,33 @@ def test_planted_units_share_more_than_chance_and_lonely_ones_less():
     assert lonely["expected"].mean() > 0.99
 
 
+# members ------------------------------------------------------------------------------------------------------------
+
+
+def test_members_by_hand():
+    frame = frame_of([("n", *row) for row in [("a", 1), ("b", 0), ("b", 0), ("a", 0)]] + [("m", "c", 0)])
+    frame.loc[0, "norm"] = 2.0
+    found = members(frame, {"a": "x", "b": "y", "c": "x"})
+    assert found[["module", "cluster", "units", "adapters", "which", "commonest"]].to_numpy().tolist() == [
+        ["n", 0, 3, 2, ("b", "a"), "y"],
+        ["n", 1, 1, 1, ("a",), "x"],
+        ["m", 0, 1, 1, ("c",), "x"],
+    ]
+    np.testing.assert_allclose(found["norm_share"], [3 / 7, 4 / 7, 1])
+    np.testing.assert_allclose(found["purity"], [2 / 3, 1, 1])
+    assert "purity" not in members(frame)
+    assert members(frame.assign(norm=0.0))["norm_share"].tolist() == [0, 0, 0]
+
+
+def test_purity_is_the_members_mean_by_their_units():
+    pool, labels = planted(noise=3.0)
+    frame = cluster_units(pool, 5)
+    table = members(frame, labels)
+    assert table["units"].sum() == len(frame)
+    want = purity(frame, labels, permutations=1).set_index(["module", "measure"])["value"]["m", "purity"].iloc[0]
+    assert np.isclose((table["purity"] * table["units"]).sum() / len(frame), want)
+
+
 # purity -------------------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +259,18 @@ def test_the_map_of_outer_is_the_pca_of_the_matrices():
     want = PCA(2).fit_transform(torch.einsum("oj,ji->joi", units.B, units.A).flatten(1).numpy())
     got = unit_map(pool, "m", canonical="outer")[["x", "y"]].to_numpy()
     assert np.allclose(np.abs(got), np.abs(want), atol=1e-3)
+
+
+@pytest.mark.parametrize("form", CANONICAL)
+def test_a_map_of_many_units_has_the_same_two_directions(form, monkeypatch):
+    pool = stack(n=9)
+    want = unit_map(pool, "m", canonical=form)
+    monkeypatch.setattr(clusters, "_EXACT", 10)
+    monkeypatch.setattr(clusters, "inner_products", lambda *a, **k: pytest.fail("R × R"))
+    found = unit_map(pool, "m", canonical=form)
+    np.testing.assert_allclose(found[["x", "y"]], want[["x", "y"]], atol=1e-4)
+    same = Stack.of([Adapter(f"a{i}", {"m": Factors(torch.ones(2, 1), torch.ones(1, 3))}) for i in range(12)])
+    assert (unit_map(same, "m", canonical=form)[["x", "y"]] == 0).all(axis=None)
 
 
 def test_tsne_is_seeded_and_keeps_planted_neighbours():

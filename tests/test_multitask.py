@@ -109,6 +109,20 @@ def test_a_wide_merge_stays_exact(base, tasks):
     assert part[part.variant == "sum"]["rank"].tolist() == [32]
 
 
+def test_one_k_by_itself_and_without_the_best_single_adapter_is_the_same(base, stack, tasks):
+    """What an explorer does to fill a curve in: one variant at a time."""
+    ks = {f"k{k}": ("lego", {"k": k}) for k in (1, 3)}
+    whole = multitask(base, stack, tasks, ks, fresh=(), seed=5)
+    parts = [multitask(base, stack, tasks, {name: ks[name]}, fresh=(), single=False, seed=5) for name in ks]
+    assert "best single" in set(whole.variant)
+    assert "best single" not in set(parts[0].variant)
+    keys = ["variant", "control", "task"]
+    both = pd.concat(parts).drop_duplicates(keys).set_index(keys).sort_index()
+    want = whole[whole.variant != "best single"].set_index(keys).sort_index()
+    columns = ["accuracy", "accuracy_unscaled", "scale", "k", "own"]
+    pd.testing.assert_frame_equal(both[columns], want[columns])
+
+
 def test_baselines_by_hand(base, stack, tasks, frame):
     alone = frame[frame.variant == "alone"]
     assert alone.adapter.tolist() == ["n1", "n0"]

@@ -19,7 +19,9 @@ from workbench.errors import MergeError, SelectionError
 from workbench.merge.lego import cluster, inner_products
 from workbench.stack import Stack, Units
 
-__all__ = ["cluster_units", "purity", "sharing", "unit_map"]
+__all__ = ["cluster_units", "members", "purity", "sharing", "unit_map"]
+
+_EXACT = 1000  # units up to which a map takes all directions at once; beyond that the widest few
 
 
 def cluster_units(
@@ -78,6 +80,33 @@ def sharing(frame: pd.DataFrame) -> pd.DataFrame:
             rows.append((module, label, n, found, found > 1, max(0.0, 1 - alone), (1 - missed).sum()))
     names = ["module", "cluster", "units", "adapters", "shared", "expected", "expected_adapters"]
     return pd.DataFrame(rows, columns=names)
+
+
+def members(frame: pd.DataFrame, labels: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """What is in each cluster, the largest first.
+
+    Args:
+        frame: from `cluster_units`.
+        labels: adapter → label, for every adapter in the frame.
+
+    Returns:
+        One row per cluster: module, cluster, units, adapters (different ones), which (a tuple of them, those with most units
+        first), norm_share (of the module's squared norms Σ ‖b‖²‖a‖², the cluster's part), and with labels commonest (the
+        label of most units) and purity (their share).
+    """
+    total, rows = frame.groupby("module", sort=False)["norm"].apply(lambda norm: (norm**2).sum()), []
+    for (module, label), part in frame.groupby(["module", "cluster"], sort=False):
+        which = part["adapter"].value_counts(sort=False).sort_values(ascending=False, kind="stable").index
+        share = float((part["norm"] ** 2).sum() / total[module]) if total[module] else 0.0
+        row = {"module": module, "cluster": label, "units": len(part), "adapters": len(which), "which": tuple(which)}
+        row["norm_share"] = share
+        if labels is not None:
+            counts = part["adapter"].map(labels).value_counts()
+            row |= {"commonest": counts.index[0], "purity": float(counts.iloc[0] / len(part))}
+        rows.append(row)
+    place = {module: i for i, module in enumerate(total.index)}
+    order = sorted(rows, key=lambda row: (place[row["module"]], -row["units"], row["cluster"]))
+    return pd.DataFrame(order)
 
 
 def purity(frame: pd.DataFrame, labels: Mapping[str, str], *, permutations: int = 100, seed: int = 0) -> pd.DataFrame:
@@ -143,6 +172,7 @@ def unit_map(stack: Stack, module: str, *, canonical: str = "raw", seed: int = 0
 
     Args:
         method: "pca", the two directions of largest variance, or "tsne" (scikit-learn's, perplexity at most 30; below four units "pca").
+            Of more than 1,000 units the directions come from Lanczos iteration, without the R × R inner products.
 
     Returns:
         One row per unit: x, y, adapter, unit, norm.
@@ -153,20 +183,45 @@ def unit_map(stack: Stack, module: str, *, canonical: str = "raw", seed: int = 0
     if method not in ("pca", "tsne"):
         raise MergeError(f"method is {method!r}, expected 'pca' or 'tsne'")
     units = _canonical(stack, module, canonical)
-    inner = inner_products(units, outer=canonical == "outer").cpu()
-    centred = inner - inner.mean(0) - inner.mean(1, keepdim=True) + inner.mean()
-    values, vectors = torch.linalg.eigh(centred)
-    vectors = vectors * torch.where(vectors.gather(0, vectors.abs().argmax(0)[None]) < 0, -1.0, 1.0)
-    points = (vectors * values.clamp_min(0).sqrt()).flip(1).numpy()  # all coordinates, the widest first
-    if points.shape[1] < 2:
-        points = np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
+    points = _directions(units, canonical == "outer", 50 if method == "tsne" else 2)
     if method == "tsne" and len(points) > 3:
         from sklearn.manifold import TSNE
 
         model = TSNE(perplexity=min(30.0, (len(points) - 1) / 3), init="pca", random_state=seed)
-        points = model.fit_transform(points[:, :50])
+        points = model.fit_transform(points)
     found = _describe(stack, module, units).assign(x=points[:, 0], y=points[:, 1])
     return found[["x", "y", "adapter", "unit", "norm"]]
+
+
+def _directions(units: Units, outer: bool, n: int) -> np.ndarray:
+    """(R, 2 … n) coordinates in the directions of largest variance, the widest first; zeros where there are fewer than 2.
+
+    Of many units by Lanczos iteration, which never holds the R × R inner products: K v of the matrices b a is, at unit i,
+    a_i (Σ_j v_j a_j b_j) b_i.
+    """
+    if len(units) <= _EXACT:
+        inner = inner_products(units, outer=outer).cpu()
+        centred = inner - inner.mean(0) - inner.mean(1, keepdim=True) + inner.mean()
+        values, vectors = torch.linalg.eigh(centred)
+    else:
+        from scipy.sparse.linalg import LinearOperator, eigsh
+
+        a, b = units.A.double().cpu().numpy(), units.B.double().cpu().numpy().T
+        x = np.concatenate([a, b], 1)
+
+        def times(v: np.ndarray) -> np.ndarray:
+            v = v.ravel() - v.mean()
+            out = ((a @ (a.T @ (v[:, None] * b))) * b).sum(1) if outer else x @ (x.T @ v)
+            return out - out.mean()
+
+        operator = LinearOperator((len(units), len(units)), matvec=times, dtype=float)
+        start = np.random.default_rng(0).standard_normal(len(units))
+        if np.abs(times(start)).max() <= 1e-12 * float((x * x).sum()):  # all alike: there is no direction
+            return np.zeros((len(units), 2))
+        values, vectors = (torch.from_numpy(found) for found in eigsh(operator, n, v0=start, tol=1e-5))
+    vectors = vectors * torch.where(vectors.gather(0, vectors.abs().argmax(0)[None]) < 0, -1.0, 1.0)
+    points = (vectors * values.clamp_min(0).sqrt()).flip(1)[:, :n].numpy()
+    return np.pad(points, ((0, 0), (0, max(0, 2 - points.shape[1]))))
 
 
 def _canonical(stack: Stack, module: str, form: str) -> Units:
