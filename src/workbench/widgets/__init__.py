@@ -2,14 +2,15 @@
 
 chooser = widgets.AdapterChooser(pool, chosen=["first-two-letters"])   # then chooser.names, chooser.stack()
 explorer = widgets.WeightExplorer(base, stack, task)                   # then explorer.weights, explorer.adapter()
-bench = widgets.MergeBench(base, pool, task)                             # then bench.trial, bench.adapter
+bench = widgets.MergeBench(base, pool, task)                           # then bench.trial, bench.adapter
+units = widgets.UnitExplorer(pool)                                     # then units.clusters, units.selected
 """
 
 from importlib import import_module
 
-__all__ = ["AdapterChooser", "MergeBench", "WeightExplorer"]
+__all__ = ["AdapterChooser", "MergeBench", "UnitExplorer", "WeightExplorer"]
 
-_HOMES = {"AdapterChooser": "chooser", "MergeBench": "bench", "WeightExplorer": "weights"}
+_HOMES = {"AdapterChooser": "chooser", "MergeBench": "bench", "UnitExplorer": "units", "WeightExplorer": "weights"}
 
 
 def __getattr__(name: str):
