@@ -1,6 +1,12 @@
-"""JupyterLab on a folder and a Chromium that looks at it, for the tests of controls."""
+"""JupyterLab in a real Chromium: a server on a folder, a page, and a notebook run in it, for the tests of controls.
 
-import contextlib
+    with serve(tmp_path, root) as url, browser_page() as page:
+        write(root / "controls.ipynb", ["import workbench as wb", "…"])
+        run_all(page, url, "controls.ipynb")
+
+Needs a chromium and the Python package playwright; tests that import this are skipped without them.
+"""
+
 import json
 import os
 import re
@@ -11,26 +17,33 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import nbformat
 import pytest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; it drives the browser")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+MARKS = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+WEBGL = ["--enable-unsafe-swiftshader"]  # in software, beside a page that is drawn without a GPU
 
 
-def write_notebook(path, cells):
-    """A notebook of code cells; what all lines of one are indented by goes."""
+def write(path: Path, cells: Sequence[str]) -> None:
+    """A notebook of code cells; what is indented like the test around them is brought to the margin."""
     notebook = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_code_cell(re.sub("\n    ", "\n", cell).strip()) for cell in cells],
         metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}},
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, path)
 
 
-@contextlib.contextmanager
-def serve(tmp_path, root):
-    """The address of a JupyterLab on the folder `root`, with settings of its own under `tmp_path`."""
+@contextmanager
+def serve(tmp_path: Path, root: Path) -> Iterator[str]:
+    """JupyterLab on a folder, with no one's settings; its address."""
     quiet = tmp_path / "settings" / "@jupyterlab" / "apputils-extension"
     quiet.mkdir(parents=True)
     (quiet / "notification.jupyterlab-settings").write_text(
@@ -51,7 +64,7 @@ def serve(tmp_path, root):
             command, env=os.environ | own, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        for _ in range(600):
+        for _ in range(300):
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=2).close()
                 break
@@ -68,28 +81,18 @@ def serve(tmp_path, root):
             process.wait()
 
 
-@contextlib.contextmanager
-def browser_page(width=1280, height=800):
-    """A page; `page.outside` has every address asked for that is not this machine's, `page.errors` what scripts raised."""
+@contextmanager
+def browser_page(width: int = 1280, height: int = 800, *, webgl: bool = False) -> Iterator:
+    """A page of a headless Chromium; `webgl` draws by software what needs WebGL."""
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        )
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, *(WEBGL if webgl else [])])
         page = browser.new_page(viewport={"width": width, "height": height})
-        page.set_default_timeout(45_000)
-        playwright.expect.set_options(timeout=45_000)
-        page.outside, page.errors = [], []
-        page.on("request", lambda request: None if local(request.url) else page.outside.append(request.url))
-        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        page.set_default_timeout(60_000)
         yield page
         browser.close()
 
 
-def local(url):
-    return url.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "blob:", "data:"))
-
-
-def run_all(page, url, notebook):
+def run_all(page, url: str, notebook: str) -> None:
     """Open a notebook, run it, and wait until every cell has its number."""
     page.goto(f"{url}/lab/tree/{notebook}?reset")
     page.wait_for_function("/\\| Idle/.test(document.querySelector('#jp-main-statusbar')?.innerText)")
@@ -101,6 +104,10 @@ def run_all(page, url, notebook):
     page.wait_for_function(numbered)
 
 
-def cell(page, place):
-    """The place-th code cell."""
-    return page.locator(".jp-CodeCell").nth(place)
+def watched(page, url: str) -> tuple[list[str], list[str]]:
+    """Two lists that fill as the page works: addresses asked for outside the server, and errors of scripts."""
+    outside, errors = [], []
+    own = (url, "blob:", "data:", url.replace("http", "ws"))
+    page.on("request", lambda request: None if request.url.startswith(own) else outside.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    return outside, errors

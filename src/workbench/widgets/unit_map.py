@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -56,7 +57,7 @@ def by_number(values: Sequence[float]) -> Colours:
     values = np.asarray(values, dtype=float)
     low, high, share = float(values.min()), float(values.max()), _share(values)
     palette = tuple(to_hex(colormaps["cividis"](i / (STEPS - 1))) for i in range(STEPS))
-    marks = range(0, STEPS, (STEPS - 1) // 4)
+    marks = [round(i * (STEPS - 1) / 4) for i in range(5)]
     legend = tuple((palette[i], f"{low + (high - low) * i / (STEPS - 1):.3g}") for i in marks)
     return Colours(np.minimum((share * STEPS).astype(int), STEPS - 1), palette, legend)
 
@@ -72,29 +73,31 @@ class UnitMap(ipywidgets.VBox):
 
     def __init__(self, height: int = 400):
         self._height, self.scatter = height, None
+        self._turn = threading.RLock()  # a job may show while a control recolours
         self.legend = ipywidgets.HTML()
         super().__init__([], layout={"width": "100%"})
 
     def show(self, points: pd.DataFrame, colours: Colours) -> None:
         """Draw points (columns x, y, norm: a point's size) in their colours; nothing is picked any more."""
-        self.pick(())
-        frame = self._frame(points, colours)
-        with _quiet():
+        with self._turn, _quiet():
+            self.pick(())
+            frame = self._frame(points, colours)
             if self.scatter is None:
-                self._build(frame, colours)
+                self._build(frame)
             else:
                 self.scatter.data(frame)
                 self.scatter.color(by="colour", map=list(self._palette))
                 self.scatter.widget.reset_view()
-        self._points = points
-        self._tell(colours)
+            self._points = points
+            self._tell(colours)
 
     def recolour(self, colours: Colours) -> None:
         """Draw the same points in other colours; the view and what is picked stay."""
-        with _quiet():
+        with self._turn, _quiet():
             self.scatter.data(self._frame(self._points, colours))
             self.scatter.color(by="colour", map=list(self._palette))
-        self._tell(colours)
+            self._tell(colours)
+            self.pick(self.picked)
 
     def pick(self, rows: Sequence[int]) -> None:
         """Pick rows, as the lasso does."""
@@ -112,7 +115,7 @@ class UnitMap(ipywidgets.VBox):
         x, y = (2 * _share(points[axis].to_numpy()) - 1 for axis in "xy")
         return pd.DataFrame({"x": x, "y": y, "colour": colour, "size": sizes})
 
-    def _build(self, frame: pd.DataFrame, colours: Colours) -> None:
+    def _build(self, frame: pd.DataFrame) -> None:
         import jscatter
 
         self.scatter = jscatter.Scatter(

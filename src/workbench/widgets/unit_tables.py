@@ -101,8 +101,10 @@ def told_apart(table: pd.DataFrame, name: str) -> str:
 
 
 def _scrolling(name: str, heads: Sequence[str], rows: Sequence[Sequence[str]], height: str) -> str:
-    cell = "padding:0 .6em;overflow-wrap:anywhere"
-    head = "".join(f"<th scope='col' style='text-align:left;{cell}'>{html.escape(word)}</th>" for word in heads)
+    cell = "padding:0 .6em;overflow-wrap:break-word"
+    head = "".join(
+        f"<th scope='col' style='text-align:left;white-space:nowrap;{cell}'>{html.escape(word)}</th>" for word in heads
+    )
     body = "".join(
         "<tr>" + "".join(f"<td style='text-align:left;{cell}'>{html.escape(word)}</td>" for word in row) + "</tr>"
         for row in rows
