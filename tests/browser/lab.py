@@ -25,6 +25,7 @@ import nbformat
 import pytest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; it drives the browser")
+playwright.expect.set_options(timeout=60_000)  # a busy machine computes slowly
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 MARKS = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]

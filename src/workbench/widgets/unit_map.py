@@ -63,7 +63,7 @@ def by_number(values: Sequence[float]) -> Colours:
 
 
 class UnitMap(ipywidgets.VBox):
-    """Points to zoom (wheel), pan (drag) and lasso (Shift and drag, or the lasso button); `picked` are the lassoed rows.
+    """Points to zoom (wheel), pan (drag) and lasso (its second button, then drag); `picked` are the lassoed rows.
 
     `hovered` is the row under the pointer, −1 for none. Colours are sent as numbers and the legend is escaped HTML.
     """

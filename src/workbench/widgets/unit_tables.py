@@ -60,7 +60,8 @@ def member_rows(clusters: pd.DataFrame) -> str:
 def picked_rows(selected: pd.DataFrame, labels: Sequence[str]) -> str:
     """The picked units with their adapters, the largest first."""
     if selected.empty:
-        return "<span role='status'>Lasso units (Shift and drag), or pick a cluster, to list them.</span>"
+        said = "Lasso units (the map's second button) or pick a cluster, to list them here."
+        return f"<div role='status' style='line-height:1.4'>{said}</div>"
     shown = selected.sort_values("norm", ascending=False, kind="stable").head(LISTED)
     rows = [
         [printable(row["adapter"], 60), str(row["unit"]), str(row["cluster"]), f"{row['norm']:.3g}"]
@@ -71,7 +72,9 @@ def picked_rows(selected: pd.DataFrame, labels: Sequence[str]) -> str:
     said = f"{n:,} unit{'s' * (n != 1)} of {owners:,} adapter{'s' * (owners != 1)} picked"
     said += f"; the {LISTED} largest:" if n > LISTED else ":"
     heads = ["adapter", "unit", "cluster", "norm", *(printable(name, 40) for name in labels)]
-    return f"<span role='status'>{html.escape(said)}</span>" + _scrolling("Picked units", heads, rows, "14em")
+    return f"<div role='status' style='line-height:1.4'>{html.escape(said)}</div>" + _scrolling(
+        "Picked units", heads, rows, "14em"
+    )
 
 
 def said_of_unit(row: pd.Series, labels: Iterable[str]) -> str:
