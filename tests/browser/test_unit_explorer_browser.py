@@ -58,8 +58,8 @@ def lasso(page, explorer, canvas):
 def test_units_in_jupyterlab(tmp_path):
     root = tmp_path / "root"
     pool = Pool.open("nano")
-    for i, name in enumerate((IMG, MATHS)):
-        replace(pool.adapter(pool.names[i]), name=name).save(root / "strangers" / name)
+    for name in (IMG, MATHS):
+        replace(pool.adapter(pool.names[1]), name=name).save(root / "strangers" / name)
     write(root / "units.ipynb", CELLS)
     with serve(tmp_path, root) as url, browser_page(webgl=True) as page:
         outside, errors = watched(page, url)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -16,6 +15,7 @@ from workbench.screen import printable
 from workbench.stack import Stack
 from workbench.tasks import Task
 from workbench.widgets.parts import Panel, Picture, sentence
+from workbench.widgets.unit_tables import scrolling
 from workbench.widgets.work import Tell, Work
 
 __all__ = ["MergeCurve", "accuracy_curve", "summary"]
@@ -254,13 +254,11 @@ def accuracy_curve(curve: pd.DataFrame, base: float, own: float | None) -> Figur
 
 
 def _as_html(curve: pd.DataFrame) -> str:
-    head = "".join(f"<th scope='col'>{word}</th>" for word in ("k", "merge", "λ", "λ tuned", "λ = 1"))
-    body = "".join(
-        f"<tr><td>{row.k}</td><td style='text-align:left'>{html.escape(row.series)}</td><td>{row.scale:g}</td>"
-        f"<td>{row.mean:.3f}</td><td>{row.at_one:.3f}</td></tr>"
+    rows = [
+        [str(row.k), row.series, f"{row.scale:g}", f"{row.mean:.3f}", f"{row.at_one:.3f}"]
         for row in curve.sort_values(["k", "series"]).itertuples()
-    )
-    return f"<table style='border-spacing:1em 0;text-align:right;line-height:1.3'><tr>{head}</tr>{body}</table>"
+    ]
+    return scrolling("Accuracy by k", ["k", "merge", "λ", "accuracy, λ tuned", "accuracy, λ = 1"], rows, "20em")
 
 
 def _counted(n: int, what: str) -> str:

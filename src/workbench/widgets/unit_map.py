@@ -150,7 +150,7 @@ class UnitMap(ipywidgets.VBox):
             f"<div><span style='color:{colour}' aria-hidden='true'>⬤</span> {html.escape(words)}</div>"
             for colour, words in colours.legend
         )
-        style = "max-height:12em;overflow:auto;line-height:1.35;font-size:smaller;overflow-wrap:anywhere"
+        style = "max-height:30em;overflow:auto;line-height:1.35;font-size:smaller;overflow-wrap:anywhere"
         self.legend.value = (
             f"<div class='tex2jax_ignore mathjax_ignore' tabindex='0' aria-label='Colours' style='{style}'>{rows}</div>"
         )

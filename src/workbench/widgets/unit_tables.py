@@ -9,7 +9,7 @@ import pandas as pd
 
 from workbench.screen import printable
 
-__all__ = ["layered", "member_rows", "picked_rows", "said_of_clusters", "said_of_unit", "told_apart"]
+__all__ = ["layered", "member_rows", "picked_rows", "said_of_clusters", "said_of_unit", "scrolling", "told_apart"]
 
 NAMED = 3  # adapters of a cluster that are named
 LISTED = 200  # picked units that are listed
@@ -54,7 +54,7 @@ def member_rows(clusters: pd.DataFrame) -> str:
         which = ", ".join(printable(name, 60) for name in row.which[:NAMED]) + rest
         more = [printable(row.commonest, 40), f"{row.purity:.2f}"] if labelled else []
         rows.append([str(row.cluster), str(row.units), str(row.adapters), f"{row.norm_share:.1%}", *more, which])
-    return _scrolling("Clusters", heads, rows, "16em")
+    return scrolling("Clusters", heads, rows, "16em")
 
 
 def picked_rows(selected: pd.DataFrame, labels: Sequence[str]) -> str:
@@ -72,7 +72,7 @@ def picked_rows(selected: pd.DataFrame, labels: Sequence[str]) -> str:
     said = f"{n:,} unit{'s' * (n != 1)} of {owners:,} adapter{'s' * (owners != 1)} picked"
     said += f"; the {LISTED} largest:" if n > LISTED else ":"
     heads = ["adapter", "unit", "cluster", "norm", *(printable(name, 40) for name in labels)]
-    return f"<div role='status' style='line-height:1.4'>{html.escape(said)}</div>" + _scrolling(
+    return f"<div role='status' style='line-height:1.4'>{html.escape(said)}</div>" + scrolling(
         "Picked units", heads, rows, "14em"
     )
 
@@ -103,7 +103,8 @@ def told_apart(table: pd.DataFrame, name: str) -> str:
     return f"Clusters and {printable(name, 40)}: {'; '.join(one)}."
 
 
-def _scrolling(name: str, heads: Sequence[str], rows: Sequence[Sequence[str]], height: str) -> str:
+def scrolling(name: str, heads: Sequence[str], rows: Sequence[Sequence[str]], height: str) -> str:
+    """Rows of words as an escaped table that scrolls by itself, by keyboard too."""
     cell = "padding:0 .6em;overflow-wrap:break-word"
     head = "".join(
         f"<th scope='col' style='text-align:left;white-space:nowrap;{cell}'>{html.escape(word)}</th>" for word in heads

@@ -103,7 +103,7 @@ class UnitExplorer(UnitControls):
         above, below = self._arranged()
         super().__init__([*above, *below])
         self.children = [*above, self._message, *below]
-        self.layout.max_width = "62em"
+        self.layout.max_width = "74em"
         self._note.value = self._remembered()
         self._listen()
         self._refresh()
@@ -151,11 +151,11 @@ class UnitExplorer(UnitControls):
         pickers = ipywidgets.HBox([self.layer, self.projection, self.form], layout=wrap)
         colours = ipywidgets.HBox([self.colour, self.label, self.cluster], layout=wrap)
         left = ipywidgets.VBox([self.map, self._hovered], layout={"flex": "1 1 34em", "min_width": "20em"})
-        right = ipywidgets.VBox([self.map.legend, self._picked], layout={"flex": "0 1 22em", "min_width": "14em"})
+        right = ipywidgets.VBox([self.map.legend], layout={"flex": "0 1 20em", "min_width": "12em"})
         merging = [ipywidgets.HTML("<b>The merge</b>"), ipywidgets.HBox([self.parameter, self.output]), self.curve]
         field = ipywidgets.HBox([left, right], layout={"width": "100%"})
         above = [pickers, self.k, colours, self.work, self._note]
-        return above, [field, self._summary, self._clusters, *merging, self._code]
+        return above, [field, self._picked, self._summary, self._clusters, *merging, self._code]
 
     def _listen(self) -> None:
         self.layer.observe(self._relayered, "value")
@@ -257,7 +257,7 @@ class UnitExplorer(UnitControls):
         units = self.stack.outline[self.module]
         owners = int((units.ranks(len(self.stack)) > 0).sum())
         part = f"; {POINTS:,} of them, drawn at random, are on the map" if len(units) > POINTS else ""
-        return f"{self.module}: {len(units):,} units of {owners:,} adapters{part}, {self.form.value} form, k = {self.k.value}"
+        return f"{self.module}: {len(units):,} units of {owners:,} adapter{'s' * (owners != 1)}{part}, {self.form.value} form, k = {self.k.value}"
 
     def _said(self) -> list[str]:
         view, label = self._view, self.label.value
