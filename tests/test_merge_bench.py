@@ -28,7 +28,7 @@ from workbench.trial import BASE, CONTROL, MERGE, NEW, Trial, line, try_merge
 from workbench.widgets import MergeBench, WeightExplorer
 from workbench.widgets.form import Form, read
 from workbench.widgets.outcome import answers_table, heat_maps, interval_picture, layers_by_projection, result_rows
-from workbench.widgets.parts import MEMORY, alone
+from workbench.widgets.parts import MEMORY, turn
 
 WAIT = 60
 EVIL, MATHS = "<script>alert(1)</script>", r"$\frac{1}{2}$"
@@ -568,7 +568,7 @@ def test_jobs_of_two_benches_take_turns_on_one_base(bench, base, pool, task):
 
 def test_waiting_for_the_base_can_be_stopped(base):
     def other():
-        with alone(base):
+        with turn(base):
             held.set()
             free.wait(WAIT)
 
@@ -577,14 +577,14 @@ def test_waiting_for_the_base_can_be_stopped(base):
     thread.start()
     assert held.wait(WAIT)
     asked = []
-    with pytest.raises(BaseError, match="busy"), alone(base, stop=lambda: asked.append(1) or len(asked) > 2):
+    with pytest.raises(BaseError, match="busy"), turn(base, stop=lambda: asked.append(1) or len(asked) > 2):
         pytest.fail("it is not alone")
     free.set()
     thread.join()
     assert len(asked) == 3
-    with alone(base), alone(base):
+    with turn(base), turn(base):
         pass
-    with alone(base):
+    with turn(base):
         pass
 
 

@@ -27,7 +27,9 @@ import pytest
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; it drives the browser")
 playwright.expect.set_options(timeout=60_000)  # a busy machine computes slowly
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-MARKS = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")]
+NONE = CHROMIUM is None and not list(Path.home().glob(".cache/ms-playwright/chromium*"))  # nor playwright's own
+MARKS = [pytest.mark.slow, pytest.mark.skipif(NONE, reason="no chromium on this machine; make browser installs one")]
+LOCAL = ("http://127.0.0.1:", "ws://127.0.0.1:", "blob:", "data:")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 WEBGL = ["--enable-unsafe-swiftshader"]  # in software, beside a page that is drawn without a GPU
 
@@ -84,11 +86,17 @@ def serve(tmp_path: Path, root: Path) -> Iterator[str]:
 
 @contextmanager
 def browser_page(width: int = 1280, height: int = 800, *, webgl: bool = False) -> Iterator:
-    """A page of a headless Chromium; `webgl` draws by software what needs WebGL."""
+    """A page of a headless Chromium; `webgl` draws by software what needs WebGL.
+
+    `page.outside` has every address asked for that is not this machine's, `page.errors` what scripts raised.
+    """
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, *(WEBGL if webgl else [])])
         page = browser.new_page(viewport={"width": width, "height": height})
         page.set_default_timeout(60_000)
+        page.outside, page.errors = [], []
+        page.on("request", lambda request: None if request.url.startswith(LOCAL) else page.outside.append(request.url))
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
         yield page
         browser.close()
 
@@ -105,10 +113,6 @@ def run_all(page, url: str, notebook: str) -> None:
     page.wait_for_function(numbered)
 
 
-def watched(page, url: str) -> tuple[list[str], list[str]]:
-    """Two lists that fill as the page works: addresses asked for outside the server, and errors of scripts."""
-    outside, errors = [], []
-    own = (url, "blob:", "data:", url.replace("http", "ws"))
-    page.on("request", lambda request: None if request.url.startswith(own) else outside.append(request.url))
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    return outside, errors
+def cell(page, place: int):
+    """The place-th code cell."""
+    return page.locator(".jp-CodeCell").nth(place)

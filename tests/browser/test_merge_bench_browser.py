@@ -5,16 +5,15 @@ Needs a chromium and the Python package playwright; skipped without them.
 
 from dataclasses import replace
 
-import pytest
 import torch
-from lab import CHROMIUM, browser_page, cell, playwright, run_all, serve, write_notebook
+from lab import MARKS, browser_page, cell, playwright, run_all, serve, write
 
 from helpers import hook_logits, peft_logits
 from workbench.adapters import Adapter
 from workbench.base import Base
 from workbench.pool import Pool
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")]
+pytestmark = MARKS
 expect = playwright.expect
 
 IMG, MATHS = "<img src=x onerror=window.stranger=1>", r"$\frac{1}{2}$"
@@ -72,7 +71,7 @@ def test_the_merge_bench_in_jupyterlab(tmp_path):
     root, pool = tmp_path / "root", Pool.open("nano")
     for name in (IMG, MATHS):
         replace(pool.adapter(pool.names[0]), name=name).save(root / "strangers" / name)
-    write_notebook(root / "bench.ipynb", CELLS)
+    write(root / "bench.ipynb", CELLS)
     with serve(tmp_path, root) as url, browser_page() as page:
         run_all(page, url, "bench.ipynb")
         bench = cell(page, 1).locator(".jp-OutputArea-output .widget-vbox").first

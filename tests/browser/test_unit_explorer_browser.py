@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from lab import MARKS, browser_page, playwright, run_all, serve, watched, write
+from lab import MARKS, browser_page, playwright, run_all, serve, write
 
 from workbench.pool import Pool
 
@@ -62,7 +62,6 @@ def test_units_in_jupyterlab(tmp_path):
         replace(pool.adapter(pool.names[1]), name=name).save(root / "strangers" / name)
     write(root / "units.ipynb", CELLS)
     with serve(tmp_path, root) as url, browser_page(webgl=True) as page:
-        outside, errors = watched(page, url)
         page.set_default_timeout(120_000)
         run_all(page, url, "units.ipynb")
         page.keyboard.press("Control+b")  # without the file browser
@@ -134,5 +133,5 @@ def test_units_in_jupyterlab(tmp_path):
         playwright.expect(strangers.locator("mjx-container")).to_have_count(0)
         page.screenshot(path=tmp_path / "strangers.png")
         assert page.evaluate("window.stranger") is None
-        assert errors == []
-        assert outside == []
+        assert page.errors == []
+        assert page.outside == []

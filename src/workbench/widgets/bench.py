@@ -18,7 +18,7 @@ from workbench.widgets.chooser import AdapterChooser
 from workbench.widgets.form import Form
 from workbench.widgets.method import MethodChooser
 from workbench.widgets.outcome import interval_picture, result_rows, result_table, told
-from workbench.widgets.parts import MEMORY, Panel, Picture, alone, sentence
+from workbench.widgets.parts import MEMORY, Panel, Picture, sentence, turn
 from workbench.widgets.work import Tell, Work
 
 __all__ = ["MergeBench"]
@@ -34,8 +34,7 @@ class MergeBench(Panel):
 
     Nothing runs before a button is pressed; one job at a time, which the button Stop ends: a fit with its best so far. The
     control and the new adapter are kept, so that a second merge is quick. The form is made from the method's signature; a
-    method registered later is listed once a setting changes or a job has ended. Cells that use `base` while a job runs
-    disturb it, and it them.
+    method registered later is listed once a setting changes or a job has ended.
 
     `key`: the settings, not the results, outlive this control: the next one of this key takes them up.
     """
@@ -174,8 +173,8 @@ class MergeBench(Panel):
             say(busy)
             return
 
-        def alone_with_it(tell: Tell) -> None:
-            with alone(self.base, stop=lambda: tell(0, 1, "waiting for the base")):
+        def in_turn(tell: Tell) -> None:
+            with turn(self.base, stop=lambda: tell(0, 1, "waiting for the base")):
                 job(tell)
 
         def after(error: Exception | None) -> None:
@@ -192,7 +191,7 @@ class MergeBench(Panel):
         self.told(None)
         self._said.value = ""
         self._busy(True)
-        self.work.start(alone_with_it, after)
+        self.work.start(in_turn, after)
 
     def __repr__(self) -> str:
         rows = [f"MergeBench: {len(self.names)} adapters of pool {self.pool.name!r} chosen; task {self.task.name}"]

@@ -14,7 +14,7 @@ from workbench.errors import MergeError, SelectionError
 from workbench.screen import printable
 from workbench.stack import Stack
 from workbench.tasks import Task
-from workbench.widgets.parts import Panel, Picture, sentence
+from workbench.widgets.parts import Panel, Picture, sentence, turn
 from workbench.widgets.unit_tables import scrolling
 from workbench.widgets.work import Tell, Work
 
@@ -178,7 +178,8 @@ class MergeCurve(Panel):
                 if tell(i, len(values), f"k = {k}"):
                     return
                 variant = {f"k={k}": ("lego", {"k": k, **options})}
-                part = multitask(self.base, stack, tasks, variant, fresh=(), single=False, seed=self.seed)
+                with turn(self.base, stop=lambda i=i: tell(i, len(values), "waiting for the base")):
+                    part = multitask(self.base, stack, tasks, variant, fresh=(), single=False, seed=self.seed)
                 parts.append(part if not parts else part[part.method == "lego"])
                 self._show(pd.concat(parts, ignore_index=True), tasks)
 

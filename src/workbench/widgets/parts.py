@@ -19,7 +19,7 @@ from workbench.base import Base
 from workbench.errors import BaseError
 from workbench.screen import printable
 
-__all__ = ["MEMORY", "Panel", "Picture", "alone", "label", "png", "sentence"]
+__all__ = ["MEMORY", "Panel", "Picture", "label", "png", "sentence", "turn"]
 
 # (class name, key) → the settings of the last control made with that key in this kernel; the next one takes them up.
 MEMORY: dict[tuple[str, str], dict] = {}
@@ -37,15 +37,15 @@ def sentence(text: str, tag: str = "span", role: str = "status") -> str:
     return f'<{tag} role="{role}" class="tex2jax_ignore mathjax_ignore">{html.escape(text)}</{tag}>'
 
 
-_LOCKS: WeakKeyDictionary = WeakKeyDictionary()  # a base's model → the lock of those who put hooks on it
+_TURNS: WeakKeyDictionary = WeakKeyDictionary()  # a base's model → whose turn it is among the controls
 _MAKING = threading.Lock()
 
 
 @contextmanager
-def alone(base: Base, *, stop: Callable[[], bool] | None = None) -> Iterator[None]:
-    """Have a base to oneself: the hooks of whoever composes on it would be in everybody's forward pass.
+def turn(base: Base, *, stop: Callable[[], bool] | None = None) -> Iterator[None]:
+    """Have a base to oneself among the controls, which take turns by whole jobs instead of waiting within them.
 
-    Controls and their jobs take turns by this; cells that use the base meanwhile do not.
+    A cell that uses the base meanwhile waits only for the job's present pass (`workbench.compose.alone`).
 
     Args:
         stop: asked now and then while waiting, true gives up; None does not wait.
@@ -54,7 +54,7 @@ def alone(base: Base, *, stop: Callable[[], bool] | None = None) -> Iterator[Non
         BaseError: somebody else has it, and waiting is not allowed, or no longer.
     """
     with _MAKING:
-        lock = _LOCKS.setdefault(base.model, threading.RLock())
+        lock = _TURNS.setdefault(base.model, threading.RLock())
     had = lock.acquire(blocking=False)
     while not had and stop is not None and not stop():
         had = lock.acquire(timeout=0.1)

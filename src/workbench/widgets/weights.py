@@ -21,7 +21,7 @@ from workbench.licences import gathered
 from workbench.screen import printable
 from workbench.stack import Stack
 from workbench.tasks import Task
-from workbench.widgets.parts import Panel, Picture, alone, label, sentence
+from workbench.widgets.parts import Panel, Picture, label, sentence, turn
 
 __all__ = ["WeightExplorer", "loss_curve"]
 
@@ -98,7 +98,7 @@ class WeightExplorer(Panel):
         self.numbers, self._code, self._caption = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
         self._picture = Picture()
         super().__init__([*self.sliders.values(), self.numbers, self._code, self._caption, self._picture])
-        with alone(base):
+        with turn(base):
             self._base_scores = score(base, [self._examples])
         self._scores: Scores | None = None
         self._first()
@@ -139,7 +139,7 @@ class WeightExplorer(Panel):
 
     def _score(self, candidates: Tensor) -> Scores:
         """Scores of candidates (C, N) side by side on the examples."""
-        with alone(self.base):
+        with turn(self.base):
             return score(self.base, [self._examples] * len(candidates), shared(self._held, candidates))
 
     def _first(self) -> None:
