@@ -31,6 +31,7 @@ NONE = CHROMIUM is None and not list(Path.home().glob(".cache/ms-playwright/chro
 MARKS = [pytest.mark.slow, pytest.mark.skipif(NONE, reason="no chromium on this machine; make browser installs one")]
 LOCAL = ("http://127.0.0.1:", "ws://127.0.0.1:", "blob:", "data:")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+SCREENS = Path(__file__).parents[2] / "runs" / "screens"  # kept, to be looked at
 WEBGL = ["--enable-unsafe-swiftshader"]  # in software, beside a page that is drawn without a GPU
 
 
@@ -116,3 +117,12 @@ def run_all(page, url: str, notebook: str) -> None:
 def cell(page, place: int):
     """The place-th code cell."""
     return page.locator(".jp-CodeCell").nth(place)
+
+
+def shot(page, name: str, part=None) -> None:
+    """Keep what is seen, from the top of a part of the page on, as runs/screens/NAME.png."""
+    if part is not None:
+        part.evaluate("part => part.scrollIntoView({block: 'start'})")
+        page.wait_for_timeout(300)
+    SCREENS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENS / f"{name}.png")

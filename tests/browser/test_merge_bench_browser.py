@@ -6,7 +6,7 @@ Needs a chromium and the Python package playwright; skipped without them.
 from dataclasses import replace
 
 import torch
-from lab import MARKS, browser_page, cell, playwright, run_all, serve, write
+from lab import MARKS, browser_page, cell, playwright, run_all, serve, shot, write
 
 from helpers import hook_logits, peft_logits
 from workbench.adapters import Adapter
@@ -52,13 +52,6 @@ def merge(bench):
     expect(button).to_be_disabled()
 
 
-def look(page, part, path):
-    """A picture of what is seen at 1280 × 800, from the top of a part of the page on."""
-    part.evaluate("part => part.scrollIntoView({block: 'start'})")
-    page.wait_for_timeout(300)
-    page.screenshot(path=path)
-
-
 def within(page, bench):
     """Nothing in the bench is wider than the bench, or cut off by its own box."""
     return bench.evaluate(
@@ -81,7 +74,7 @@ def test_the_merge_bench_in_jupyterlab(tmp_path):
         for name in CHOSEN:
             bench.locator("select option", has_text=name).first.click(modifiers=["Control"])
         expect(bench.get_by_text("Adapters: 2 of 72 chosen")).to_be_visible()
-        look(page, bench, tmp_path / "1-choice.png")
+        shot(page, "merge_choice", bench)
         bench.get_by_text("Adapters: 2 of 72 chosen").click()
 
         # the form follows the method, and one's own method has one
@@ -126,8 +119,8 @@ def test_the_merge_bench_in_jupyterlab(tmp_path):
         for row in ("merge", "base alone", "new adapter (steps=8)", "random control (matched by norm)"):
             expect(table.locator("tr", has_text=row).first).to_be_visible()
         expect(bench).to_contain_text("coefficients (steps=12) of 2 adapters")
-        look(page, bench, tmp_path / "2-form.png")
-        look(page, table, tmp_path / "3-result.png")
+        shot(page, "merge_form", bench)
+        shot(page, "merge_result", table)
         assert within(page, bench) == []
 
         # pages
@@ -138,7 +131,7 @@ def test_the_merge_bench_in_jupyterlab(tmp_path):
         answers = bench.locator("table", has_text="new adapter").last
         expect(answers.locator("td")).to_have_count(4, timeout=60_000)
         settled(bench)
-        look(page, bench.locator(".jupyter-widget-tab, .widget-tab").first, tmp_path / "4-prompt.png")
+        shot(page, "merge_prompt", bench.locator(".jupyter-widget-tab, .widget-tab").first)
         bench.get_by_role("tab", name="Weights by hand").click()
         bench.get_by_role("button", name="Open the sliders").click()
         expect(bench.locator(".noUi-handle")).to_have_count(2, timeout=60_000)
@@ -146,7 +139,7 @@ def test_the_merge_bench_in_jupyterlab(tmp_path):
         bench.locator(".noUi-handle").first.focus()
         page.keyboard.press("ArrowRight")
         expect(bench.locator("img[title^='Loss over the weight']")).to_be_visible()
-        look(page, bench.locator(".jupyter-widget-tab, .widget-tab").first, tmp_path / "5-weights.png")
+        shot(page, "merge_weights", bench.locator(".jupyter-widget-tab, .widget-tab").first)
         bench.get_by_role("tab", name="Save").click()
         bench.get_by_label("Folder").fill("made")
         page.keyboard.press("Tab")
@@ -156,7 +149,7 @@ def test_the_merge_bench_in_jupyterlab(tmp_path):
         bench.get_by_role("button", name="Save", exact=True).click()
         expect(bench).to_contain_text("made exists already; choose another folder", timeout=60_000)
         settled(bench)
-        look(page, bench.locator(".jupyter-widget-tab, .widget-tab").first, tmp_path / "6-save.png")
+        shot(page, "merge_save", bench.locator(".jupyter-widget-tab, .widget-tab").first)
 
         # what was set is there again where the key is
         page.locator("#jp-MainMenu li.lm-MenuBar-item:has-text('Run')").click()
@@ -186,7 +179,7 @@ def test_the_merge_bench_in_jupyterlab(tmp_path):
         expect(evil).to_contain_text("Not listed: regmean, fisher")
         expect(evil.locator("img[onerror]")).to_have_count(0)
         expect(evil.locator("mjx-container")).to_have_count(0)
-        look(page, evil, tmp_path / "7-strangers.png")
+        shot(page, "merge_strangers", evil)
         assert page.evaluate("window.stranger") is None
         assert page.errors == []
         assert page.outside == []

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from lab import MARKS, browser_page, playwright, run_all, serve, write
+from lab import MARKS, browser_page, playwright, run_all, serve, shot, write
 
 from workbench.pool import Pool
 
@@ -73,12 +73,12 @@ def test_units_in_jupyterlab(tmp_path):
         canvas.scroll_into_view_if_needed()
         page.wait_for_timeout(1500)
         first = look(page, canvas)
-        page.screenshot(path=tmp_path / "map.png")
+        shot(page, "units_map")
 
         explorer.get_by_label("Colour", exact=True).select_option("operation")
         playwright.expect(explorer).to_contain_text("swap ends (")
         second = until_changed(page, canvas, first)
-        page.screenshot(path=tmp_path / "operation.png")
+        shot(page, "units_operation")
 
         playwright.expect(explorer).to_contain_text("8 clusters;")
         handle = explorer.locator(".noUi-handle")
@@ -98,7 +98,7 @@ def test_units_in_jupyterlab(tmp_path):
         page.wait_for_timeout(1500)
         lasso(page, explorer, canvas)
         playwright.expect(explorer).to_contain_text(" adapters picked")
-        page.screenshot(path=tmp_path / "lasso.png")
+        shot(page, "units_lasso")
         said = explorer.get_by_text(" adapters picked").inner_text()
         cell(page, 3).click()
         page.keyboard.press("Control+Enter")
@@ -120,7 +120,7 @@ def test_units_in_jupyterlab(tmp_path):
         rows = explorer.locator("td", has_text="random adapters, merged alike").count()
         assert 1 <= rows < 7  # stopped before the last k, and what had come is still there
         picture.scroll_into_view_if_needed()
-        page.screenshot(path=tmp_path / "curve.png")
+        shot(page, "units_curve")
 
         strangers = cell(page, 2)
         strangers.scroll_into_view_if_needed()
@@ -131,7 +131,7 @@ def test_units_in_jupyterlab(tmp_path):
         playwright.expect(strangers).to_contain_text(IMG)
         playwright.expect(strangers.locator("img[onerror]")).to_have_count(0)
         playwright.expect(strangers.locator("mjx-container")).to_have_count(0)
-        page.screenshot(path=tmp_path / "strangers.png")
+        shot(page, "units_strangers")
         assert page.evaluate("window.stranger") is None
         assert page.errors == []
         assert page.outside == []

@@ -5,7 +5,7 @@ Skipped where there is no chromium; `make browser` installs one.
 
 from dataclasses import replace
 
-from lab import MARKS, browser_page, cell, playwright, run_all, serve, write
+from lab import MARKS, browser_page, cell, playwright, run_all, serve, shot, write
 
 from workbench.pool import Pool
 
@@ -44,12 +44,12 @@ def test_controls_in_jupyterlab(tmp_path):
     write(root / "controls.ipynb", CELLS)
     with serve(tmp_path, root) as url, browser_page(1300, 2600) as page:
         run_all(page, url, "controls.ipynb")
-        look(page, tmp_path)
+        look(page)
         assert page.errors == []
         assert page.outside == []
 
 
-def look(page, tmp_path):
+def look(page):
     chooser = cell(page, 1)
     options = chooser.locator("select option")
     playwright.expect(options).to_have_count(72)
@@ -91,7 +91,7 @@ def look(page, tmp_path):
     playwright.expect(explorer.locator(".widget-readout").nth(1)).to_have_text("0.05")
     assert loss(page) != moved
     assert f"weight of {CHOSEN[1]}" in picture.get_attribute("title")
-    page.screenshot(path=tmp_path / "controls.png")
+    shot(page, "widgets_controls")
 
     for place in (3, 4):
         strangers = cell(page, place)
@@ -102,5 +102,5 @@ def look(page, tmp_path):
     page.keyboard.press("ArrowLeft")
     playwright.expect(strangers.locator("img")).to_be_visible()
     strangers.scroll_into_view_if_needed()
-    page.screenshot(path=tmp_path / "strangers.png")
+    shot(page, "widgets_strangers")
     assert page.evaluate("window.stranger") is None
