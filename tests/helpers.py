@@ -400,3 +400,23 @@ def published(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"{name} is not on this machine; WORKBENCH_DATA names the folder that holds it")
     return folder
+
+
+def many_adapters(n: int, *, refused: int = 0) -> Pool:
+    """A pool of n accepted adapters held in memory (rank 1 to 4 in four modules of 16×16), and some refused ones."""
+    from workbench.screen import Verdict
+
+    layers = [f"model.layers.{i}.self_attn.{side}_proj" for i in (0, 1) for side in "qv"]
+    shapes, found = dict.fromkeys(layers, (16, 16)), []
+    for i in range(n):
+        adapter = random_adapter(shapes, 1 + i % 4, seed=i, name=f"adapter-{i:04}")
+        facts = {"rank": 1 + i % 4, "mean_rank": 1.0 + i % 4, "alpha_over_r": 2.0, "modules": 4, "parameters": 512}
+        facts |= {
+            "targets": "q_proj,v_proj",
+            "norm": adapter.norm(),
+            "author": f"author {i % 7}",
+            "downloads": 7 * i % 1000,
+        }
+        found.append(Verdict(adapter.name, True, "", "", facts, adapter))
+    found += [Verdict(f"refused-{i:04}", False, "finite", "NaN in 3 tensors", {"rank": 4}) for i in range(refused)]
+    return Pool(f"{n} adapters", "tiny", found, {verdict.name: Path(verdict.name) for verdict in found}, None)

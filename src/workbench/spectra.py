@@ -13,7 +13,7 @@ from workbench.compose import LowRank
 from workbench.errors import MergeError
 from workbench.singular import factored_svd
 
-__all__ = ["singular_values", "stable_ranks"]
+__all__ = ["singular_values", "spectrum", "stable_ranks"]
 
 
 def singular_values(adapter: Adapter) -> pd.DataFrame:
@@ -23,6 +23,12 @@ def singular_values(adapter: Adapter) -> pd.DataFrame:
         values = factored_svd(factors.B, factors.A)[1][: factors.rank]
         rows += [(module, place, value) for place, value in enumerate(values.tolist(), 1)]
     return pd.DataFrame(rows, columns=["module", "place", "value"])
+
+
+def spectrum(values: pd.DataFrame, module: str | None = None) -> pd.Series:
+    """Singular values (`singular_values`) by place: of one module, or the median over the modules that have so many."""
+    own = values if module is None else values[values["module"] == module]
+    return own.groupby("place")["value"].median()
 
 
 def stable_ranks(updates: Mapping[str, LowRank], squarings: int = 10) -> Tensor:

@@ -1,16 +1,23 @@
 """Controls for notebooks: thin layers over the package's functions; no result depends on someone moving one.
 
-chooser = widgets.AdapterChooser(pool, chosen=["first-two-letters"])   # then chooser.names, chooser.stack()
-explorer = widgets.WeightExplorer(base, stack, task)                   # then explorer.weights, explorer.adapter()
+pools = widgets.PoolExplorer(pool, scores=ranking)                     # then pools.names, pools.stack()
+chooser = widgets.AdapterChooser(pool, chosen=["first-two-letters"])   # the same of a list, without a table
+weights = widgets.WeightExplorer(base, stack, task)                    # then weights.weights, weights.adapter()
 bench = widgets.MergeBench(base, pool, task)                           # then bench.trial, bench.adapter
 units = widgets.UnitExplorer(pool)                                     # then units.clusters, units.selected
 """
 
 from importlib import import_module
 
-__all__ = ["AdapterChooser", "MergeBench", "UnitExplorer", "WeightExplorer"]
+__all__ = ["AdapterChooser", "MergeBench", "PoolExplorer", "UnitExplorer", "WeightExplorer"]
 
-_HOMES = {"AdapterChooser": "chooser", "MergeBench": "bench", "UnitExplorer": "units", "WeightExplorer": "weights"}
+_HOMES = {
+    "AdapterChooser": "chooser",
+    "MergeBench": "bench",
+    "PoolExplorer": "explorer",
+    "UnitExplorer": "units",
+    "WeightExplorer": "weights",
+}
 
 
 def __getattr__(name: str):

@@ -41,7 +41,7 @@ class AdapterChooser(Panel):
             AdapterError: an adapter that was refused, or whose files have changed since.
         """
         self.pool = pool
-        self._chosen = _checked(pool, chosen)
+        self._chosen = checked(pool, chosen)
         self._told: list[Callable[[], None]] = []
         facts = pool.table[pool.table["accepted"]].set_index("name")
         self._ranks = {name: int(rank) for name, rank in facts["rank"].items()}
@@ -94,7 +94,7 @@ class AdapterChooser(Panel):
 
     @names.setter
     def names(self, names: Sequence[str]) -> None:
-        self._choose(_checked(self.pool, names))
+        self._choose(checked(self.pool, names))
 
     @property
     def shown(self) -> tuple[str, ...]:
@@ -198,6 +198,7 @@ def heat_map(similarity: Tensor, names: Sequence[str]) -> Figure:
     figure = Figure(figsize=(side * 1.2, side))
     ax = figure.add_subplot()
     image = ax.imshow(similarity.numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
+    ax.grid(visible=False)
     rows = [f"{printable(name, 40)}  {i}" for i, name in enumerate(names, 1)]
     ax.set_yticks(range(n), rows, parse_math=False)
     ax.set_xticks(range(n), [str(i) for i in range(1, n + 1)])
@@ -224,7 +225,8 @@ def _most_alike(similarity: Tensor, names: Sequence[str]) -> str:
     return f"Most alike: {names[j]} and {names[i]} (cosine {value:.2f})."
 
 
-def _checked(pool: Pool, names: Sequence[str]) -> set[str]:
+def checked(pool: Pool, names: Sequence[str]) -> set[str]:
+    """Names as a set, all of them of accepted adapters; raises what `Pool.adapter` does."""
     if isinstance(names, str):
         raise SelectionError(f"expected a sequence of names, got the single name {names!r}; write [{names!r}]")
     for name in names:

@@ -13,14 +13,16 @@ from weakref import WeakKeyDictionary
 
 import ipywidgets
 import traitlets
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from workbench.base import Base
 from workbench.errors import BaseError
 from workbench.screen import printable
 
-__all__ = ["MEMORY", "Panel", "Picture", "label", "png", "sentence", "turn"]
+__all__ = ["DPI", "MEMORY", "Panel", "Picture", "label", "png", "sentence", "turn"]
 
+DPI = 100
 # (class name, key) → the settings of the last control made with that key in this kernel; the next one takes them up.
 MEMORY: dict[tuple[str, str], dict] = {}
 
@@ -66,12 +68,19 @@ def turn(base: Base, *, stop: Callable[[], bool] | None = None) -> Iterator[None
         lock.release()
 
 
-def png(figure: Figure) -> bytes:
-    """A figure as PNG, without pyplot; characters that the font lacks are drawn as boxes."""
+def png(figure: Figure, *, cut: bool = True) -> bytes:
+    """A figure as PNG, without pyplot; characters that the font lacks are drawn as boxes.
+
+    Args:
+        cut: cut to what is drawn, for which it is drawn twice; False keeps the figure's own size.
+    """
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
+        if cut:
+            figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight")
+        else:
+            FigureCanvasAgg(figure).print_png(buffer)  # savefig would ask matplotlib's settings whether to cut
     return buffer.getvalue()
 
 
@@ -84,9 +93,9 @@ class Picture(ipywidgets.Image):
         layout = {"display": "none", "max_width": "100%", "object_fit": "contain", "align_self": "flex-start"}
         super().__init__(format="png", layout=layout)
 
-    def show(self, figure: Figure | None, says: str = "") -> None:
-        """Draw a figure, or hide."""
-        self.value, self.tooltip = (png(figure), says) if figure else (b"", None)
+    def show(self, figure: Figure | None, says: str = "", *, cut: bool = True) -> None:
+        """Draw a figure, cut to what is on it, or hide."""
+        self.value, self.tooltip = (png(figure, cut=cut), says) if figure else (b"", None)
         self.layout.display = "block" if figure else "none"
 
 

@@ -1,0 +1,149 @@
+"""A pool's table to sort, filter and select in: DataTables by way of itables, everything that strangers wrote as text.
+
+No request leaves the page (itables' widget brings its script along), cells are escaped, kept from mathematics by the
+table's class, and typed here, so that no text is taken for HTML or a date when it is sorted.
+"""
+
+from __future__ import annotations
+
+import math
+
+import anywidget
+import pandas as pd
+
+from workbench.errors import SelectionError
+from workbench.pool import Pool
+from workbench.screen import printable
+
+__all__ = ["Keys", "cells", "grid", "scored"]
+
+NUMBERS = {"rank": "rank", "alpha_over_r": "α/r", "norm": "norm", "downloads": "downloads"}
+TEXTS = {"targets": "targets", "author": "author", "operation": "operation", "domain": "domain", "format": "format"}
+LONGEST = {"name": 48, "accepted": 48}  # characters of a cell; any other 32
+MEASURES = ("accuracy", "loss")
+
+
+class Keys(anywidget.AnyWidget):
+    """Leaves the keys to what has the focus in the table: JupyterLab takes arrows and Enter to move among cells.
+
+    Stands in the same panel as the table, and shows nothing. JupyterLab asks the focused element itself, then what it is in.
+    """
+
+    _esm = """
+    function render({ el }) {
+      let tries = 100;
+      const mark = () => {
+        const panel = el.closest(".workbench-explorer"), table = panel && panel.querySelector(".workbench-table");
+        if (table) table.addEventListener(
+          "focusin", (event) => event.target.setAttribute("data-lm-suppress-shortcuts", "true"));
+        else if (tries--) setTimeout(mark, 100);
+      };
+      mark();
+    }
+    export default { render };
+    """
+
+
+def scored(scores: pd.DataFrame | pd.Series | None, pool: Pool) -> pd.DataFrame:
+    """Scores by adapter: what is to be columns of the table, named as given, an adapter in each row.
+
+    Args:
+        scores: a series by name, or a frame with accuracy, loss or both and the names as its index or its column `name`
+            (`select.rank_adapters` gives one; other columns are left out).
+
+    Raises:
+        SelectionError: no such column, a name twice, or no adapter of the pool.
+    """
+    if scores is None:
+        return pd.DataFrame(index=pd.Index([], dtype=object))
+    if isinstance(scores, pd.Series):
+        scores = scores.to_frame(str(scores.name or "accuracy"))
+    else:
+        scores = scores.set_index("name") if "name" in scores else scores
+        if not (columns := [c for c in MEASURES if c in scores]):
+            raise SelectionError(
+                f"scores have no column {' or '.join(MEASURES)}; they have {', '.join(map(str, scores.columns))}. "
+                "Give a series by name for anything else"
+            )
+        scores = scores[columns]
+    if taken := {"name", "accepted", *NUMBERS.values(), *TEXTS.values()} & {str(c) for c in scores}:
+        raise SelectionError(f"the table has a column {min(taken)!r} already; give the scores another name")
+    if scores.index.has_duplicates:
+        raise SelectionError(f"{scores.index[scores.index.duplicated()][0]!r} has more than one row of scores")
+    if not scores.index.isin(pool.names).any():
+        raise SelectionError(f"none of {len(scores)} scores is of an adapter of pool {pool.name!r}; index them by name")
+    return scores.astype(float)
+
+
+def cells(pool: Pool, scores: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The table as it is shown, all of it text, a row per adapter found in the order of `pool.table`.
+
+    Returns:
+        the table, without empty columns, and which of its columns are numbers ("" where one is not known).
+    """
+    table, out, numbers = pool.table, {}, []
+    out["name"] = [printable(name, LONGEST["name"]) for name in table["name"]]
+    for column in scores:
+        values = table["name"].map(scores[column])
+        out[printable(str(column), 32)] = [_number(value, 3) for value in values]
+    numbers += list(out)[1:]
+    for column, title in NUMBERS.items():
+        out[title] = [_number(value) for value in table[column]]
+        numbers.append(title)
+    for column, title in TEXTS.items():
+        texts = table[column].str.replace("_proj", "") if column == "targets" else table[column]
+        out[title] = [printable(text.replace(",", " ") if column == "targets" else text, 32) for text in texts]
+    refusals = zip(table["accepted"], table["rule"], table["reason"], strict=True)
+    out["accepted"] = [
+        "yes" if good else printable(f"no, {rule}: {why}", LONGEST["accepted"]) for good, rule, why in refusals
+    ]
+    frame = pd.DataFrame(out, dtype=object)
+    frame = frame.loc[:, [title in ("name", "accepted") or bool((frame[title] != "").any()) for title in frame]]
+    return frame, [title for title in numbers if title in frame]
+
+
+def grid(frame: pd.DataFrame, numbers: list[str], *, order: tuple[str, str] = ("name", "asc"), rows: int = 10):
+    """The table as itables' widget: a click or Enter selects a row or drops it, Shift-click up to it; `selected_rows`.
+
+    Args:
+        order: the column to sort by at first, and "asc" or "desc".
+        rows: on a page.
+    """
+    from itables.widget import ITable
+
+    kinds = [(i, "num" if title in numbers else "string") for i, title in enumerate(frame)]
+    found = {"search": "applied"}  # the rows that pass the filter, on other pages too
+    buttons = [
+        {"extend": "selectAll", "text": "Select all that pass the filter", "selectorModifier": found},
+        {"extend": "showSelected", "text": "Show only selected"},
+    ]
+    shown = ITable(
+        frame,
+        allow_html=False,
+        maxBytes=0,
+        maxRows=0,
+        showIndex=False,
+        text_in_header_can_be_selected=False,  # else a click on a header does not sort
+        classes="display compact nowrap tex2jax_ignore mathjax_ignore",
+        style="table-layout:auto;width:100%;margin:0",
+        columnDefs=[{"targets": i, "type": kind} for i, kind in kinds],
+        order=[[list(frame).index(order[0]), order[1]]],
+        select={"style": "multi+shift", "keys": "true"},
+        layout={"topStart": {"buttons": buttons}, "topEnd": "search", "bottomStart": "info", "bottomEnd": "paging"},
+        columnControl=["searchDropdown"],  # of one column, by its kind: a number above, a text that begins with
+        language={"search": "Filter:", "info": "_START_ to _END_ of _TOTAL_", "infoFiltered": "(of _MAX_)"},
+        pageLength=rows,
+        scrollX=True,
+        deferRender=True,
+    )
+    shown.add_class("workbench-table")
+    return shown
+
+
+def _number(value: object, places: int | None = None) -> str:
+    """A number to sort by and to read: so many places, or four digits; "" where it is missing or not finite."""
+    if pd.isna(value) or not math.isfinite(value):
+        return ""
+    if places is not None:
+        return f"{value:.{places}f}"
+    return f"{value:.0f}" if value == round(value) or abs(value) >= 1000 else f"{value:.4g}"
