@@ -111,6 +111,7 @@ class PoolExplorer(Panel):
         )
         self.summary, self._note, self._code, self._caption, self._line = (ipywidgets.HTML() for _ in range(5))
         self._picture, self._mapping, self._reading = Picture(), Work(), Work()
+        self._picture.layout.margin = "0"  # or it is wider than the panel
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -17,8 +17,19 @@ from workbench.screen import printable
 
 __all__ = ["Keys", "cells", "grid", "scored"]
 
-NUMBERS = {"rank": "rank", "alpha_over_r": "α/r", "norm": "norm", "downloads": "downloads"}
-TEXTS = {"targets": "targets", "author": "author", "operation": "operation", "domain": "domain", "format": "format"}
+COLUMNS = {  # column of a pool's table → its title here
+    "rank": "rank",
+    "alpha_over_r": "α/r",
+    "targets": "targets",
+    "norm": "norm",
+    "accepted": "accepted",
+    "author": "author",
+    "downloads": "downloads",
+    "operation": "operation",
+    "domain": "domain",
+    "format": "format",
+}
+NUMBERS = ("rank", "alpha_over_r", "norm", "downloads")
 LONGEST = {"name": 48, "accepted": 48}  # characters of a cell; any other 32
 MEASURES = ("accuracy", "loss")
 
@@ -66,7 +77,7 @@ def scored(scores: pd.DataFrame | pd.Series | None, pool: Pool) -> pd.DataFrame:
                 "Give a series by name for anything else"
             )
         scores = scores[columns]
-    if taken := {"name", "accepted", *NUMBERS.values(), *TEXTS.values()} & {str(c) for c in scores}:
+    if taken := {"name", *COLUMNS.values()} & {str(c) for c in scores}:
         raise SelectionError(f"the table has a column {min(taken)!r} already; give the scores another name")
     if scores.index.has_duplicates:
         raise SelectionError(f"{scores.index[scores.index.duplicated()][0]!r} has more than one row of scores")
@@ -81,22 +92,23 @@ def cells(pool: Pool, scores: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     Returns:
         the table, without empty columns, and which of its columns are numbers ("" where one is not known).
     """
-    table, out, numbers = pool.table, {}, []
-    out["name"] = [printable(name, LONGEST["name"]) for name in table["name"]]
+    table = pool.table
+    out = {"name": [printable(name, LONGEST["name"]) for name in table["name"]]}
     for column in scores:
-        values = table["name"].map(scores[column])
-        out[printable(str(column), 32)] = [_number(value, 3) for value in values]
-    numbers += list(out)[1:]
-    for column, title in NUMBERS.items():
-        out[title] = [_number(value) for value in table[column]]
-        numbers.append(title)
-    for column, title in TEXTS.items():
-        texts = table[column].str.replace("_proj", "") if column == "targets" else table[column]
-        out[title] = [printable(text.replace(",", " ") if column == "targets" else text, 32) for text in texts]
+        out[printable(str(column), 32)] = [_number(value, 3) for value in table["name"].map(scores[column])]
+    numbers = [*list(out)[1:], *(COLUMNS[column] for column in NUMBERS)]
     refusals = zip(table["accepted"], table["rule"], table["reason"], strict=True)
-    out["accepted"] = [
-        "yes" if good else printable(f"no, {rule}: {why}", LONGEST["accepted"]) for good, rule, why in refusals
-    ]
+    why = ["yes" if good else printable(f"no, {rule}: {said}", LONGEST["accepted"]) for good, rule, said in refusals]
+    for column, title in COLUMNS.items():
+        if column == "accepted":
+            out[title] = why
+        elif column in NUMBERS:
+            out[title] = [_number(value) for value in table[column]]
+        else:
+            texts = (
+                table[column].str.replace("_proj", "").str.replace(",", " ") if column == "targets" else table[column]
+            )
+            out[title] = [printable(text, 32) for text in texts]
     frame = pd.DataFrame(out, dtype=object)
     frame = frame.loc[:, [title in ("name", "accepted") or bool((frame[title] != "").any()) for title in frame]]
     return frame, [title for title in numbers if title in frame]
