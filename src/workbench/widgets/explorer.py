@@ -18,7 +18,7 @@ from workbench.widgets.work import Work
 __all__ = ["PoolExplorer"]
 
 LISTED = 6  # names in a sentence
-SHOWN = 1500  # characters of the line of code that are shown; `code` is whole
+SHOWN = 600  # characters of the line of code that are shown; `code` is whole
 
 
 class PoolExplorer(Panel):
@@ -68,7 +68,7 @@ class PoolExplorer(Panel):
         self._rows, self._accepted = tuple(pool.table["name"]), frozenset(pool.names)
         self.table = table.grid(frame, numbers, order=_first(self.scores, frame))
         self._views = views.Views(pool, self.scores.iloc[:, 0] if len(self.scores.columns) else None)
-        self._quiet, self._ticket, self._map_error = False, 0, None
+        self._quiet, self._ticket, self._under_way, self._map_error = False, 0, False, None
         self._build(view)
         row = ipywidgets.HBox([self.use, self.none], layout={"flex_flow": "row wrap"})
         tools = ipywidgets.HBox([self.view, self.module, self.compute], layout={"flex_flow": "row wrap"})
@@ -244,16 +244,16 @@ class PoolExplorer(Panel):
         """Compute the pool's similarity beside the kernel's thread; other pictures can be looked at meanwhile."""
 
         def ended(error: Exception | None) -> None:
-            self._map_error = None if self._mapping.stopped else error
+            self._under_way, self._map_error = False, None if self._mapping.stopped else error
             if self.view.value == "map":
                 self._draw()
 
-        self._map_error = None
+        self._under_way, self._map_error = True, None
         self._mapping.start(lambda tell: self._views.compute("map", (), tell), ended)
         self._draw()
 
     def _wait_for_map(self) -> None:
-        running, n = self._mapping.running and self._mapping.layout.display != "none", len(self.pool)
+        running, n = self._under_way, len(self.pool)
         self.compute.layout.display = "none" if running else ""
         said = (
             f"The similarity of {n} adapters is being computed."

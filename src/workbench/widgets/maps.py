@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -11,59 +12,82 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from workbench.screen import printable
+from workbench.similarity import plane, tree
 from workbench.widgets.parts import DPI
 
-__all__ = ["LINES", "MARKED", "ROWS", "branches", "pool_map", "profiles"]
+__all__ = ["LINES", "MARKED", "ROWS", "Likeness", "branches", "most_alike", "pool_map", "profiles"]
 
 MARKED = 20  # adapters with a number in the map
 LINES = 8  # adapters drawn as lines; more as rows
 ROWS = 40  # adapters drawn as rows
+ORDERED = 300  # adapters; the best order of more leaves takes seconds
 
 
-def pool_map(
-    matrix: pd.DataFrame,
-    tree: np.ndarray,
-    places: pd.DataFrame,
-    marked: Sequence[str],
-    colours: pd.Series | None = None,
-) -> Figure:
+@dataclass(frozen=True)
+class Likeness:
+    """A pool's similarity, ready to be drawn again and again: what of it takes time at a thousand adapters is done once.
+
+    Fields: cosines (N, N) in the dendrogram's order, its linkage, the plane (`similarity.plane`), the largest cosine
+    that colours tell apart, and the most alike in words.
+    """
+
+    cosines: pd.DataFrame
+    tree: np.ndarray
+    plane: pd.DataFrame
+    limit: float
+    said: str
+
+    @classmethod
+    def of(cls, cosines: pd.DataFrame) -> Likeness:
+        """Of a similarity matrix (N, N), N at least 2."""
+        from scipy.cluster.hierarchy import leaves_list
+
+        linkage = tree(cosines, optimal=len(cosines) <= ORDERED)
+        apart = np.abs(cosines.to_numpy(dtype=float)[~np.eye(len(cosines), dtype=bool)])
+        leaves = leaves_list(linkage)
+        limit = max(0.05, float(np.quantile(apart, 0.995)))
+        return cls(cosines.iloc[leaves, leaves], linkage, plane(cosines), limit, most_alike(cosines))
+
+
+def most_alike(cosines: pd.DataFrame) -> str:
+    """The two of largest cosine, in words."""
+    values = np.tril(cosines.to_numpy(dtype=float), -1) - 2 * np.triu(np.ones(cosines.shape))
+    i, j = np.unravel_index(values.argmax(), values.shape)
+    return f"Most alike: {cosines.index[j]} and {cosines.index[i]} (cosine {cosines.iat[i, j]:.2f})."
+
+
+def pool_map(likeness: Likeness, marked: Sequence[str], colours: pd.Series | None = None) -> Figure:
     """A pool's similarity: heat map in its dendrogram's order, and plane; marked adapters are numbered in both.
 
     Args:
-        matrix: cosines (N, N), N at least 2.
-        tree: its linkage (`similarity.tree`).
-        places: the plane (`similarity.plane`).
-        marked: names of the matrix; the first `MARKED` have numbers, the others only marks.
+        marked: names of the pool; the first `MARKED` have numbers, the others only marks.
         colours: a number for each adapter, which colours its point.
     """
-    from scipy.cluster.hierarchy import leaves_list
-
     figure = Figure(figsize=(9.9, 4.3), dpi=DPI, layout="none")
     spec = {"left": 0.005, "right": 0.985, "bottom": 0.07, "top": 0.93, "wspace": 0.03}
     columns = figure.add_gridspec(1, 6, width_ratios=[0.6, 3.2, 0.14, 0.85, 3.3, 1.9], **spec)
     axes = [figure.add_subplot(columns[i]) for i in (0, 1, 2, 4, 5)]
-    leaves = leaves_list(tree)
-    _heat(figure, axes[1], axes[2], matrix.to_numpy()[np.ix_(leaves, leaves)])
-    _dendrogram(axes[0], tree)
-    at = {name: place for place, name in enumerate(matrix.index[leaves])}
-    _rows_marked(axes[1], [at[name] for name in marked], len(matrix))
-    _points(figure, axes[3], places, marked, colours)
+    _heat(figure, axes[1], axes[2], likeness)
+    _dendrogram(axes[0], likeness.tree)
+    at = {name: place for place, name in enumerate(likeness.cosines.index)}
+    _rows_marked(axes[1], [at[name] for name in marked], len(at))
+    _points(figure, axes[3], likeness.plane, marked, colours)
     _legend(axes[4], marked)
     return figure
 
 
-def branches(tree: np.ndarray) -> np.ndarray:
+def branches(linkage: np.ndarray) -> np.ndarray:
     """(N − 1, 4, 2) corners (height, place) of a linkage's brackets, places as in its order of leaves.
 
     scipy's own drawing descends recursively, too deep for Python where a thousand adapters join one by one.
     """
     from scipy.cluster.hierarchy import leaves_list
 
-    n = len(tree) + 1
+    n = len(linkage) + 1
     place, height = np.zeros(2 * n - 1), np.zeros(2 * n - 1)
-    place[leaves_list(tree)] = np.arange(n)
+    place[leaves_list(linkage)] = np.arange(n)
     out = np.empty((n - 1, 4, 2))
-    for i, (left, right, distance, _) in enumerate(tree):
+    for i, (left, right, distance, _) in enumerate(linkage):
         left, right = int(left), int(right)
         place[n + i], height[n + i] = (place[left] + place[right]) / 2, distance
         out[i] = (
@@ -119,9 +143,8 @@ def profiles(table: pd.DataFrame, *, across: str, value: str, log: bool = False)
     return figure
 
 
-def _heat(figure: Figure, ax: Axes, bar: Axes, values: np.ndarray) -> None:
-    apart = np.abs(values[~np.eye(len(values), dtype=bool)])
-    limit = float(max(0.05, np.quantile(apart, 0.995)))
+def _heat(figure: Figure, ax: Axes, bar: Axes, likeness: Likeness) -> None:
+    values, limit = likeness.cosines.to_numpy(), likeness.limit
     image = ax.imshow(values, vmin=-limit, vmax=limit, cmap="RdBu_r", aspect="auto", interpolation="nearest")
     ax.set(xticks=[])
     ax.set_xlabel(f"{len(values)} adapters, the most alike side by side", fontsize=8)
@@ -133,30 +156,28 @@ def _heat(figure: Figure, ax: Axes, bar: Axes, values: np.ndarray) -> None:
     bar.grid(visible=False)
 
 
-def _dendrogram(ax: Axes, tree: np.ndarray) -> None:
-    ax.add_collection(LineCollection(branches(tree), colors="0.35", linewidths=0.6))
-    low, high = float(tree[:, 2].min()), float(tree[:, 2].max())
+def _dendrogram(ax: Axes, linkage: np.ndarray) -> None:
+    ax.add_collection(LineCollection(branches(linkage), colors="0.35", linewidths=0.6 if len(linkage) < 200 else 0.25))
+    low, high = float(linkage[:, 2].min()), float(linkage[:, 2].max())
     room = 0.05 * (high - low) or 0.1
-    ax.set(xlim=(high + room, max(0.0, low - 4 * room)), ylim=(len(tree) + 0.5, -0.5))  # leaves' lines are cut short
+    ax.set(xlim=(high + room, max(0.0, low - 4 * room)), ylim=(len(linkage) + 0.5, -0.5))  # leaves' lines are cut short
     ax.set_axis_off()
 
 
 def _rows_marked(ax: Axes, places: Sequence[int], n: int) -> None:
-    """Ticks at the right of the rows, with numbers set apart where rows are close, and a line to each."""
-    ax.yaxis.tick_right()
-    ax.set_yticks(places, [""] * len(places))
-    for place in places if len(places) <= MARKED else ():
-        ax.axhline(place, color="black", linewidth=0.5, alpha=0.6)
+    """Lines through the rows where they are few, and at the right a stroke to each, and numbers set apart."""
+    ax.set_yticks([])
+    across = ax.get_yaxis_transform()
+    start = 0 if len(places) <= MARKED else 1
+    lines = [((start, place), (1.012, place)) for place in places]
     least = n / 24  # rows that a number takes
     order = sorted(range(min(len(places), MARKED)), key=lambda i: places[i])
     spread = _apart([places[i] for i in order], least, n - 0.5)
-    lines = [((1, places[i]), (1.045, y)) for i, y in zip(order, spread, strict=True)]
-    ax.add_collection(
-        LineCollection(lines, colors="0.4", linewidths=0.5, transform=ax.get_yaxis_transform(), clip_on=False),
-        autolim=False,
-    )
+    lines += [((1.012, places[i]), (1.045, y)) for i, y in zip(order, spread, strict=True)]
+    strokes = LineCollection(lines, colors="0.2", linewidths=0.5, transform=across, clip_on=False)
+    ax.add_collection(strokes, autolim=False)
     for i, y in zip(order, spread, strict=True):
-        ax.text(1.055, y, str(i + 1), transform=ax.get_yaxis_transform(), va="center", size=7.5)
+        ax.text(1.055, y, str(i + 1), transform=across, va="center", size=7.5)
 
 
 def _apart(places: Sequence[float], least: float, last: float) -> list[float]:
@@ -171,26 +192,29 @@ def _apart(places: Sequence[float], least: float, last: float) -> list[float]:
 
 def _points(figure: Figure, ax: Axes, places: pd.DataFrame, marked: Sequence[str], colours: pd.Series | None) -> None:
     x, y = places["x"].to_numpy(), places["y"].to_numpy()
+    dots = {"s": 14 if len(x) < 200 else 7, "linewidths": 0, "alpha": 0.8}
     if colours is None:
-        ax.scatter(x, y, s=14, color="0.7", linewidths=0)
+        ax.scatter(x, y, color="0.6", **dots)
     else:
         values = colours.reindex(places.index).to_numpy(dtype=float)
         known = ~np.isnan(values)
-        ax.scatter(x[~known], y[~known], s=14, color="0.85", linewidths=0)
-        points = ax.scatter(x[known], y[known], s=14, c=values[known], cmap="viridis_r", linewidths=0)
+        ax.scatter(x[~known], y[~known], color="0.8", **dots)
+        points = ax.scatter(x[known], y[known], c=values[known], cmap="viridis_r", **dots)
         bar = figure.colorbar(points, ax=ax, location="top", fraction=0.03, pad=0.02, aspect=40)
         bar.ax.tick_params(labelsize=7)
         bar.ax.grid(visible=False)
         bar.set_label(printable(str(colours.name), 40), fontsize=8, parse_math=False)
     own = places.loc[list(marked)]
-    ax.scatter(own["x"], own["y"], s=44, facecolors="none", edgecolors="C3", linewidths=1.2)
+    ring = {"s": 44, "linewidths": 1.2} if len(own) <= 100 else {"s": 16, "linewidths": 0.7}
+    ax.scatter(own["x"], own["y"], facecolors="none", edgecolors="C3", **ring)
     ax.set(xticks=[], yticks=[])
     ax.set_xlabel("the two directions that tell most of the cosines apart", fontsize=8)
     ax.margins(0.08)
     ax.grid(visible=False)
+    ground = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.5}
     for numbers, at in _together(own.to_numpy()[:MARKED], np.array([np.ptp(x), np.ptp(y)])):
         few = ", ".join(map(str, numbers[:3])) + " …" * (len(numbers) > 3)
-        ax.annotate(few, at, (5, 4), textcoords="offset points", size=7.5)
+        ax.annotate(few, at, (5, 4), textcoords="offset points", size=7.5, bbox=ground)
 
 
 def _together(points: np.ndarray, extent: np.ndarray) -> list[tuple[list[int], np.ndarray]]:

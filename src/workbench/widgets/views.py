@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
 from workbench.pool import Pool
-from workbench.similarity import by_layer, norm_profile, plane, similarity, tree
+from workbench.similarity import by_layer, norm_profile, similarity
 from workbench.spectra import singular_values, spectrum
 from workbench.widgets.chooser import MOST, heat_map
-from workbench.widgets.maps import LINES, ROWS, pool_map, profiles
+from workbench.widgets.maps import LINES, ROWS, Likeness, most_alike, pool_map, profiles
 from workbench.widgets.work import Tell
 
 __all__ = ["ALL", "VIEWS", "View", "Views"]
@@ -23,7 +22,6 @@ __all__ = ["ALL", "VIEWS", "View", "Views"]
 ALL = ""  # the choice of a module that stands for all of them
 AT_ONCE = 100  # adapters whose similarity is computed unasked
 QUICK = 2**26  # bytes of factors that are read while someone waits
-ORDERED = 300  # adapters; the best order of more leaves takes seconds
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ VIEWS = {
         "[spectrum(singular_values(adapter){}) for adapter in map(pool.adapter, explorer.names)]  # from workbench.spectra",
     ),
 }
-_MAPS: WeakKeyDictionary[Pool, tuple[pd.DataFrame, np.ndarray, pd.DataFrame]] = WeakKeyDictionary()
+_MAPS: WeakKeyDictionary[Pool, Likeness] = WeakKeyDictionary()
 
 
 class Views:
@@ -79,8 +77,8 @@ class Views:
         if view == "cosines":
             known = self.pool in _MAPS or self._cosines[0] == tuple(names) or not 2 <= len(names) <= MOST
             return () if known else tuple(names)
-        most, known = (ROWS, self._norms) if view == "norms" else (ROWS, self._spectra)
-        return tuple(name for name in names[:most] if name not in known)
+        known = self._norms if view == "norms" else self._spectra
+        return tuple(name for name in names[:ROWS] if name not in known)
 
     def quick(self, names: Sequence[str]) -> bool:
         """Whether so many adapters are read in a moment."""
@@ -95,8 +93,7 @@ class Views:
         """
         if view == "map":
             stack = self.pool.stack(lazy=None if self.pool.held else True)
-            matrix = similarity(stack, watch=tell)
-            _MAPS[self.pool] = matrix, tree(matrix, optimal=len(matrix) <= ORDERED), plane(matrix)
+            _MAPS[self.pool] = Likeness.of(similarity(stack, watch=tell))
         elif view == "cosines":
             self._cosines = tuple(names), similarity(self.pool.stack(names), watch=tell)
         else:
@@ -130,10 +127,10 @@ class Views:
     def _map(self, names: Sequence[str]) -> tuple[Figure | None, str]:
         if len(self.pool) < 2:
             return None, "A map needs two accepted adapters or more."
-        matrix, linkage, places = _MAPS[self.pool]
+        likeness = _MAPS[self.pool]
         colours = None if self._colours is None else self._colours.rename(self._colours.name or "score")
-        figure = pool_map(matrix, linkage, places, names, colours)
-        return figure, f"Similarity of {len(matrix)} adapters, {len(names)} of them marked. {_most_alike(matrix)}"
+        said = f"Similarity of {len(likeness.cosines)} adapters, {len(names)} of them marked. {likeness.said}"
+        return pool_map(likeness, names, colours), said
 
     def _heat(self, names: Sequence[str]) -> tuple[Figure | None, str]:
         if len(names) < 2:
@@ -142,8 +139,8 @@ class Views:
             many = f"Cosines are drawn for at most {MOST} adapters; {len(names)} are selected."
             return None, f"{many} The map of the pool marks all of them."
         names = list(names)
-        matrix = _MAPS[self.pool][0].loc[names, names] if self.pool in _MAPS else self._cosines[1]
-        said = f"Cosine similarity of {len(names)} adapters. {_most_alike(matrix)}"
+        matrix = _MAPS[self.pool].cosines.loc[names, names] if self.pool in _MAPS else self._cosines[1]
+        said = f"Cosine similarity of {len(names)} adapters. {most_alike(matrix)}"
         return heat_map(torch.tensor(matrix.to_numpy()), names), said
 
     def _by_layer(self, names: Sequence[str]) -> tuple[Figure, str]:
@@ -165,9 +162,3 @@ class Views:
 
 def _part(names: Sequence[str]) -> str:
     return f"; the first {ROWS} of {len(names)} selected adapters" if len(names) > ROWS else ""
-
-
-def _most_alike(matrix: pd.DataFrame) -> str:
-    values = np.tril(matrix.to_numpy(dtype=float), -1) - 2 * np.triu(np.ones(matrix.shape))
-    i, j = np.unravel_index(values.argmax(), values.shape)
-    return f"Most alike: {matrix.index[j]} and {matrix.index[i]} (cosine {matrix.iat[i, j]:.2f})."
