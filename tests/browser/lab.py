@@ -47,18 +47,20 @@ def write(path: Path, cells: Sequence[str]) -> None:
 
 @contextmanager
 def serve(tmp_path: Path, root: Path) -> Iterator[str]:
-    """JupyterLab on a folder, with no one's settings; its address."""
-    quiet = tmp_path / "settings" / "@jupyterlab" / "apputils-extension"
-    quiet.mkdir(parents=True)
-    (quiet / "notification.jupyterlab-settings").write_text(
-        json.dumps({"fetchNews": "false", "checkForUpdates": False})
-    )
+    """JupyterLab on a folder, with no one's settings; its address. Its kernels can import the tests' helpers."""
+    quiet = {"fetchNews": "false", "checkForUpdates": False}
+    whole = {"windowingMode": "none"}  # else cells out of sight are not on the page
+    for plugin, settings in (("apputils-extension/notification", quiet), ("notebook-extension/tracker", whole)):
+        path = tmp_path / "settings" / "@jupyterlab" / f"{plugin}.jupyterlab-settings"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(settings))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     own = {f"JUPYTER_{name}_DIR": str(tmp_path / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
     own |= {"JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"), "IPYTHONDIR": str(tmp_path / "ipython")}
     own |= {"JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces"), "OMP_NUM_THREADS": "1"}
+    own |= {"PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parents[1])]))}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
     command += ["--ServerApp.port_retries=0", "--IdentityProvider.token=", "--ServerApp.password="]
     command += ["--ServerApp.disable_check_xsrf=True", f"--ServerApp.root_dir={root}"]
