@@ -204,7 +204,7 @@ def test_the_table_s_cells(pool):
     assert rows["banana"]["targets"] == "q v"
     assert rows[REFUSED]["rank"] == ""
     args = explorer.table._dt_args
-    assert args["order"] == [[1, "desc"]]
+    assert args["order"] == [[1, "desc"], [0, "asc"]]
     kinds = {each["targets"]: each["type"] for each in args["columnDefs"]}
     assert [kinds[i] for i in range(7)] == ["string", "num", "num", "num", "string", "num", "string"]
 
@@ -248,9 +248,9 @@ SCORES = pd.DataFrame({"name": ["apple", "banana"], "loss": [1.5, 0.5], "accurac
 @pytest.mark.parametrize(
     ("scores", "columns", "order"),
     [
-        (SCORES, ["accuracy", "loss"], [[1, "desc"]]),
-        (SCORES.set_index("name")[["loss"]], ["loss"], [[1, "asc"]]),
-        (SCORES.set_index("name")["loss"].rename("cost"), ["cost"], [[1, "desc"]]),
+        (SCORES, ["accuracy", "loss"], [[1, "desc"], [0, "asc"]]),
+        (SCORES.set_index("name")[["loss"]], ["loss"], [[1, "asc"], [0, "asc"]]),
+        (SCORES.set_index("name")["loss"].rename("cost"), ["cost"], [[1, "desc"], [0, "asc"]]),
         (None, [], [[0, "asc"]]),
     ],
 )

@@ -52,18 +52,20 @@ def test_stop_ends_a_job_where_it_next_tells():
 
 
 def test_a_new_job_takes_the_place_of_the_old_one_and_of_those_that_wait():
-    work, started, order = Work(), threading.Event(), []
+    work, started, go, order = Work(), threading.Event(), threading.Event(), []
 
     def first(tell):
         started.set()
         while not tell(0, 1):
             time.sleep(0.002)
+        go.wait(WAIT)  # until the others wait
         order.append("first stopped")
 
     work.start(first, lambda error: order.append("first ended"))
     assert started.wait(WAIT)
     work.start(lambda tell: order.append("second"), lambda error: order.append("second ended"))
     work.start(lambda tell: order.append("third"), lambda error: order.append("third ended"))
+    go.set()
     assert work.wait(WAIT)
     assert [one for one in order if not one.startswith("second")] == ["first stopped", "third", "third ended"]
     assert "second ended" not in order

@@ -18,7 +18,7 @@ from workbench.widgets.work import Work
 __all__ = ["PoolExplorer"]
 
 LISTED = 6  # names in a sentence
-SHOWN = 600  # characters of the line of code that are shown; `code` is whole
+SHOWN = 300  # characters of the line of code that are shown; `code` is whole
 
 
 class PoolExplorer(Panel):

@@ -35,19 +35,23 @@ MEASURES = ("accuracy", "loss")
 
 
 class Keys(anywidget.AnyWidget):
-    """Leaves the keys to what has the focus in the table: JupyterLab takes arrows and Enter to move among cells.
+    """Makes the table good to use by keyboard in JupyterLab. Stands in the same panel, and shows nothing.
 
-    Stands in the same panel as the table, and shows nothing. JupyterLab asks the focused element itself, then what it is in.
+    JupyterLab takes arrows and Enter to move among cells, unless the focused element itself forbids it. And the filters
+    of all tables on a page have one id, so that labels would name, and a click on them focus, that of another table.
     """
 
     _esm = """
     function render({ el }) {
-      let tries = 100;
+      let tries = 300;
       const mark = () => {
-        const panel = el.closest(".workbench-explorer"), table = panel && panel.querySelector(".workbench-table");
-        if (table) table.addEventListener(
+        const table = el.closest(".workbench-explorer")?.querySelector(".workbench-table");
+        const filter = table?.querySelector(".dt-search input"), name = table?.querySelector(".dt-search label");
+        if (!filter) return tries-- && setTimeout(mark, 100);
+        filter.id = "workbench-" + Math.random().toString(36).slice(2);
+        if (name) name.htmlFor = filter.id;
+        table.addEventListener(
           "focusin", (event) => event.target.setAttribute("data-lm-suppress-shortcuts", "true"));
-        else if (tries--) setTimeout(mark, 100);
       };
       mark();
     }
@@ -118,12 +122,13 @@ def grid(frame: pd.DataFrame, numbers: list[str], *, order: tuple[str, str] = ("
     """The table as itables' widget: a click or Enter selects a row or drops it, Shift-click up to it; `selected_rows`.
 
     Args:
-        order: the column to sort by at first, and "asc" or "desc".
+        order: the column to sort by at first, and "asc" or "desc"; equal ones by name.
         rows: on a page.
     """
     from itables.widget import ITable
 
     kinds = [(i, "num" if title in numbers else "string") for i, title in enumerate(frame)]
+    first = [[list(frame).index(order[0]), order[1]]]
     found = {"search": "applied"}  # the rows that pass the filter, on other pages too
     buttons = [
         {"extend": "selectAll", "text": "Select all that pass the filter", "selectorModifier": found},
@@ -139,7 +144,7 @@ def grid(frame: pd.DataFrame, numbers: list[str], *, order: tuple[str, str] = ("
         classes="display compact nowrap tex2jax_ignore mathjax_ignore",
         style="table-layout:auto;width:100%;margin:0",
         columnDefs=[{"targets": i, "type": kind} for i, kind in kinds],
-        order=[[list(frame).index(order[0]), order[1]]],
+        order=first if first[0] == [0, "asc"] else [*first, [0, "asc"]],
         select={"style": "multi+shift", "keys": "true"},
         layout={"topStart": {"buttons": buttons}, "topEnd": "search", "bottomStart": "info", "bottomEnd": "paging"},
         columnControl=["searchDropdown"],  # of one column, by its kind: a number above, a text that begins with
