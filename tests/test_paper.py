@@ -22,13 +22,14 @@ STORED = Path(__file__).parents[1] / "figures"
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    out = tmp_path_factory.mktemp("paper")
-    return draw(data=STORED, out=out, venue="icml", say=lambda line: None)
+    out, before = tmp_path_factory.mktemp("paper"), plt.get_fignums()
+    paths = draw(data=STORED, out=out, venue="icml", say=lambda line: None)
+    assert plt.get_fignums() == before  # none stays open
+    return paths
 
 
 def test_every_figure_has_its_data_and_says_what_made_it(drawn):
     assert [path.stem for path in drawn] == list(FIGURES)
-    assert not plt.get_fignums()
     for path in drawn:
         source = FIGURES[path.stem][0]
         note = json.loads(path.with_suffix(".json").read_text("utf-8"))
