@@ -420,3 +420,14 @@ def many_adapters(n: int, *, refused: int = 0) -> Pool:
         found.append(Verdict(adapter.name, True, "", "", facts, adapter))
     found += [Verdict(f"refused-{i:04}", False, "finite", "NaN in 3 tensors", {"rank": 4}) for i in range(refused)]
     return Pool(f"{n} adapters", "tiny", found, {verdict.name: Path(verdict.name) for verdict in found}, None)
+
+
+def strange_pool(folder, base, names, *, narrow=(), refused=""):
+    """A pool of adapters of ranks 2, 3, …, those at `narrow` of two projections only, and one that is refused."""
+    for i, name in enumerate(names):
+        targets = ["q_proj", "v_proj"] if i in narrow else None
+        random_adapter(base, 2 + i, seed=i, targets=targets, name=name).save(folder / name)
+    if refused:
+        (folder / refused).mkdir()
+        (folder / refused / "adapter_config.json").write_text("{")
+    return Pool.open(folder)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import many_adapters, random_adapter, tiny_base
+from helpers import many_adapters, strange_pool, tiny_base
 from workbench.errors import AdapterError, SelectionError
 from workbench.pool import Pool
 from workbench.similarity import similarity, tree
@@ -35,12 +35,7 @@ def base():
 def pool(tmp_path_factory, base):
     """Six adapters of unequal ranks and targets, two of them named by someone who means harm, and one refused."""
     folder = tmp_path_factory.mktemp("pool")
-    for i, name in enumerate([*FRUIT, EVIL, MATHS]):
-        targets = ["q_proj", "v_proj"] if i in (1, 4) else None
-        random_adapter(base, 2 + i, seed=i, targets=targets, name=name).save(folder / name)
-    (folder / REFUSED).mkdir()
-    (folder / REFUSED / "adapter_config.json").write_text("{")
-    return Pool.open(folder)
+    return strange_pool(folder, base, [*FRUIT, EVIL, MATHS], narrow=(1, 4), refused=REFUSED)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import torch
 from scipy.stats import norm
 
 import workbench as wb
-from helpers import generate, hook_count, hook_logits, peft_logits, random_adapter, tiny_base
+from helpers import generate, hook_count, hook_logits, peft_logits, strange_pool, tiny_base
 from workbench import trial as under_test
 from workbench.adapt import ADAPTIVE
 from workbench.base import Base
@@ -44,10 +44,7 @@ def base():
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory, base):
-    folder = tmp_path_factory.mktemp("pool")
-    for i, name in enumerate([*NAMES, MATHS]):
-        random_adapter(base, 2 + i, seed=i, name=name).save(folder / name)
-    return Pool.open(folder)
+    return strange_pool(tmp_path_factory.mktemp("pool"), base, [*NAMES, MATHS])
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
+from typer.testing import CliRunner
 
 from workbench import plots
+from workbench.cli import app
 from workbench.errors import WorkbenchError
 from workbench.plots import charts
 from workbench.plots.paper import FIGURES, METHODS, draw
@@ -123,6 +125,16 @@ def test_other_venues(tmp_path):
         plots.venue_of("nurips")
 
 
+def test_the_venues_are_named_where_one_is_chosen():
+    said = CliRunner().invoke(app, ["figures", "--help"]).output
+    readme = (STORED.parent / "README.md").read_text("utf-8")
+    *most, last = plots.VENUES
+    assert all(re.search(rf"\b{venue}\b", said) for venue in plots.VENUES)
+    assert f"{', '.join(most)} or {last}" in readme
+    assert len(FIGURES) == 11
+    assert "typesets eleven of them" in readme
+
+
 def test_what_is_missing_is_said_with_what_makes_it(tmp_path):
     with pytest.raises(WorkbenchError, match=r"no figure 'method' \(did you mean 'methods'\?\)"):
         draw(["method"], data=STORED, out=tmp_path)
@@ -136,7 +148,7 @@ def test_what_is_missing_is_said_with_what_makes_it(tmp_path):
 
 
 def test_series_are_told_apart_without_colour_and_colours_in_grey():
-    """No two of eight series share marker and dashes; colours that follow each other differ in lightness or in marker."""
+    """No two of eight series share marker and dashes, and none is so light that it is lost on white."""
     table = pd.DataFrame({"x": [1, 2] * 8, "mean": range(16), "who": [f"s{i // 2}" for i in range(16)]})
     table = table.assign(low=table["mean"], high=table["mean"], x2=1)
     with plots.style():

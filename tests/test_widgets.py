@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import workbench as wb
-from helpers import dense_model, generate, hook_count, random_adapter, tiny_base
+from helpers import dense_model, generate, hook_count, random_adapter, strange_pool, tiny_base
 from workbench.base import Base
 from workbench.errors import AdapterError, MergeError, SelectionError, TaskError
 from workbench.evaluate import encode, evaluate
@@ -37,13 +37,8 @@ def base():
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory, base):
     """Six adapters of unequal ranks and targets, two of them named by someone who means harm."""
-    folder = tmp_path_factory.mktemp("pool")
-    for i, name in enumerate(["apple", "banana", "cherry", "damson", EVIL, MATHS]):
-        targets = ["q_proj", "v_proj"] if i in (1, 4) else None
-        random_adapter(base, 2 + i, seed=i, targets=targets, name=name).save(folder / name)
-    (folder / "refused").mkdir()
-    (folder / "refused" / "adapter_config.json").write_text("{")
-    return Pool.open(folder)
+    names = ["apple", "banana", "cherry", "damson", EVIL, MATHS]
+    return strange_pool(tmp_path_factory.mktemp("pool"), base, names, narrow=(1, 4), refused="refused")
 
 
 @pytest.fixture(scope="module")

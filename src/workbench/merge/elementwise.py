@@ -261,11 +261,11 @@ def fingerprints(units: Units) -> Tensor:
     number of its place and added up (a multilinear hash), per unit; scrambled, so that no unit's part can make up for
     another's; and added up per adapter. Two adapters that differ anywhere agree once in some 2³² pairs.
     """
-    places = _scrambled(torch.arange(1, sum(units.shape) + 1, device=units.B.device))
-    out = places.new_zeros(int(units.owner.max()) + 1 if len(units) else 1)
+    factors = _scrambled(torch.arange(1, sum(units.shape) + 1, device=units.B.device))
+    out = factors.new_zeros(int(units.owner.max()) + 1 if len(units) else 1)
     for owner, B, A in zip(*(t.split(2048) for t in (units.owner, units.B.T, units.A)), strict=True):
         bits = (t.abs().float().contiguous().view(torch.int32).long() for t in (B, A))
-        rows = sum((b * w).sum(1) for b, w in zip(bits, places.split(units.shape), strict=True))
+        rows = sum((b * w).sum(1) for b, w in zip(bits, factors.split(units.shape), strict=True))
         out.index_add_(0, owner, _scrambled(rows))
     return out
 

@@ -56,9 +56,9 @@ def draw(
     for name in names:
         if name not in FIGURES:
             raise WorkbenchError(f"no figure {name!r}{near(name, FIGURES)}; choose of {', '.join(FIGURES)}")
-    page, data, made = venue_of(venue), Path(data), provenance()
-    out = Path(out)
-    for name in names or FIGURES:
+    page, data, out, made = venue_of(venue), Path(data), Path(out), provenance()
+    names = list(names or FIGURES)
+    for name in names:
         source, drawer = FIGURES[name]
         table, note = _stored(data, source)
         try:
@@ -79,7 +79,7 @@ def draw(
         save(fig, out, name, table, caption=note["caption"], made=about, exact=True)
         plt.close(fig)
         say(f"{out / name}.pdf: {width:g} in wide, {len(table)} rows of {source}.csv")
-    return [out / f"{name}.pdf" for name in names or FIGURES]
+    return [out / f"{name}.pdf" for name in names]
 
 
 def _stored(folder: Path, source: str) -> tuple[pd.DataFrame, dict]:

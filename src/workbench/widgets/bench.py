@@ -18,7 +18,7 @@ from workbench.widgets.chooser import AdapterChooser
 from workbench.widgets.form import Form
 from workbench.widgets.method import MethodChooser
 from workbench.widgets.outcome import interval_picture, result_rows, result_table, told
-from workbench.widgets.parts import MEMORY, Panel, Picture, sentence, turn
+from workbench.widgets.parts import Panel, Picture, sentence, turn
 from workbench.widgets.work import Tell, Work
 
 __all__ = ["MergeBench"]
@@ -220,9 +220,8 @@ class MergeBench(Panel):
     def _changed(self) -> None:
         self.how.refresh()
         self._fold.titles = (f"Adapters: {len(self.names)} of {len(self.pool)} chosen",)
-        if self.key is not None:
-            own = {name: getattr(self.tabs, name).value for name in ("prompt", "limit", "path")}
-            MEMORY[type(self).__name__, self.key] = {"chosen": list(self.names), **self.how.settings, **own}
+        own = {name: getattr(self.tabs, name).value for name in ("prompt", "limit", "path")}
+        self.remember({"chosen": list(self.names), **self.how.settings, **own})
         self._said.value = ""
         try:
             self._tell_code()
@@ -233,8 +232,8 @@ class MergeBench(Panel):
 
     def _recall(self) -> list[str]:
         """Take up what is remembered under the key; what of it is no longer to be had."""
-        kept = MEMORY.get((type(self).__name__, self.key)) if self.key is not None else None
-        if kept is None:
+        kept = self.recall()
+        if not kept:
             return []
         lost = [name for name in kept["chosen"] if name not in self.pool.names]
         self.chooser.names = [name for name in kept["chosen"] if name not in lost]

@@ -6,21 +6,63 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import ipywidgets
+import pandas as pd
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from workbench.errors import SelectionError
 from workbench.pool import Pool
 from workbench.screen import printable
-from workbench.stack import Stack, cosine
+from workbench.similarity import similarity
+from workbench.stack import Stack
+from workbench.widgets.maps import most_alike
 from workbench.widgets.parts import Panel, Picture, sentence
 
-__all__ = ["AdapterChooser", "heat_map"]
+__all__ = ["AdapterChooser", "Selection", "checked", "heat_map"]
 
 MOST = 20  # adapters in the picture
 
 
-class AdapterChooser(Panel):
+class Selection(Panel):
+    """Adapters of a `pool` that someone has chosen; how, and what is shown of it, is another's to say."""
+
+    pool: Pool
+    _chosen: set[str]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The chosen adapters, in the pool's order."""
+        return tuple(name for name in self.pool.names if name in self._chosen)
+
+    @names.setter
+    def names(self, names: Sequence[str]) -> None:
+        self._choose(checked(self.pool, names))
+
+    @property
+    def code(self) -> str:
+        """The line of code that makes the same stack, where the pool is called `pool`."""
+        return f"pool.stack({list(self.names)!r})"
+
+    def stack(self) -> Stack:
+        """The chosen adapters as a stack.
+
+        Raises:
+            SelectionError: nothing is chosen.
+        """
+        return self.pool.stack(self.names)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(pool {self.pool.name!r}): {self._summary()}\n{self.code}"
+
+    def _choose(self, names: set[str]) -> None:
+        """Take this choice and show it."""
+        raise NotImplementedError
+
+    def _summary(self) -> str:
+        """The choice in a sentence."""
+        raise NotImplementedError
+
+
+class AdapterChooser(Selection):
     """A list of a pool's accepted adapters to choose from, with a filter, a summary and their cosine similarity.
 
         chooser = AdapterChooser(pool, chosen=["first-two-letters", "last-two-letters"])
@@ -88,15 +130,6 @@ class AdapterChooser(Panel):
         self.clear.on_click(lambda _: self._choose(set()))
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The chosen adapters, in the pool's order."""
-        return tuple(name for name in self.pool.names if name in self._chosen)
-
-    @names.setter
-    def names(self, names: Sequence[str]) -> None:
-        self._choose(checked(self.pool, names))
-
-    @property
     def shown(self) -> tuple[str, ...]:
         """The adapters that pass the filter, chosen or not."""
         words, low, high = self.words.value.casefold().split(), self.rank_from.value, self.rank_to.value
@@ -106,25 +139,9 @@ class AdapterChooser(Panel):
             if low <= self._ranks[name] <= high and all(word in self._texts[name] for word in words)
         )
 
-    @property
-    def code(self) -> str:
-        """The line of code that makes the same stack, where the pool is called `pool`."""
-        return f"pool.stack({list(self.names)!r})"
-
     def on_choice(self, call: Callable[[], None]) -> None:
         """Have a function called after every change of the choice."""
         self._told.append(call)
-
-    def stack(self) -> Stack:
-        """The chosen adapters as a stack.
-
-        Raises:
-            SelectionError: nothing is chosen.
-        """
-        return self.pool.stack(self.names)
-
-    def __repr__(self) -> str:
-        return f"AdapterChooser(pool {self.pool.name!r}): {self._summary()}\n{self.code}"
 
     def _choose(self, names: set[str]) -> None:
         self._chosen = names
@@ -167,10 +184,10 @@ class AdapterChooser(Panel):
             self._caption.value = sentence(few if len(names) < 2 else many)
             self._picture.show(None)
             return
-        similarity = cosine(self.stack().gram()).cpu()
-        said = _most_alike(similarity, names)
+        cosines = similarity(self.stack())
+        said = most_alike(cosines)
         self._caption.value = sentence(said)
-        self._picture.show(heat_map(similarity, names), f"Cosine similarity of {len(names)} adapters. {said}")
+        self._picture.show(heat_map(cosines), f"Cosine similarity of {len(names)} adapters. {said}")
 
     def _blank(self) -> None:
         self._caption.value = ""
@@ -191,21 +208,21 @@ class AdapterChooser(Panel):
         return f"{len(names)} of {len(self.pool)} adapters chosen{aside}; {units:,} units; ranks {said}.{listed}"
 
 
-def heat_map(similarity: Tensor, names: Sequence[str]) -> Figure:
-    """Cosines (N, N) as a picture; rows have names, columns their numbers."""
-    n = len(names)
+def heat_map(cosines: pd.DataFrame) -> Figure:
+    """A similarity matrix as a picture; rows have names, columns their numbers."""
+    n, values = len(cosines), cosines.to_numpy()
     side = 1.2 + 0.26 * n
     figure = Figure(figsize=(side * 1.2, side))
     ax = figure.add_subplot()
-    image = ax.imshow(similarity.numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
+    image = ax.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r")
     ax.grid(visible=False)
-    rows = [f"{printable(name, 40)}  {i}" for i, name in enumerate(names, 1)]
+    rows = [f"{printable(name, 40)}  {i}" for i, name in enumerate(cosines.index, 1)]
     ax.set_yticks(range(n), rows, parse_math=False)
     ax.set_xticks(range(n), [str(i) for i in range(1, n + 1)])
     if n <= 8:
         for i in range(n):
             for j in range(n):
-                value = round(float(similarity[i, j]), 2) + 0.0  # no −0.00
+                value = round(float(values[i, j]), 2) + 0.0  # no −0.00
                 ax.text(
                     j,
                     i,
@@ -217,12 +234,6 @@ def heat_map(similarity: Tensor, names: Sequence[str]) -> Figure:
                 )
     figure.colorbar(image, ax=ax, label="cosine of the updates ΔW", fraction=0.046)
     return figure
-
-
-def _most_alike(similarity: Tensor, names: Sequence[str]) -> str:
-    pairs = [(float(similarity[i, j]), i, j) for i in range(len(names)) for j in range(i)]
-    value, i, j = max(pairs)
-    return f"Most alike: {names[j]} and {names[i]} (cosine {value:.2f})."
 
 
 def checked(pool: Pool, names: Sequence[str]) -> set[str]:

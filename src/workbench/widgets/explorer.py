@@ -9,10 +9,9 @@ import pandas as pd
 
 from workbench.pool import Pool
 from workbench.screen import printable
-from workbench.stack import Stack
 from workbench.widgets import table, views
-from workbench.widgets.chooser import checked
-from workbench.widgets.parts import MEMORY, Panel, Picture, label, sentence
+from workbench.widgets.chooser import Selection, checked
+from workbench.widgets.parts import Picture, label, sentence
 from workbench.widgets.work import Work
 
 __all__ = ["PoolExplorer"]
@@ -21,7 +20,7 @@ LISTED = 6  # names in a sentence
 SHOWN = 300  # characters of the line of code that are shown; `code` is whole
 
 
-class PoolExplorer(Panel):
+class PoolExplorer(Selection):
     """A pool's table, linked with pictures of the selected adapters, which "Use these" hands on.
 
         explorer = PoolExplorer(pool, chosen=["first-two-letters"], scores=rank_adapters(pool, task, base))
@@ -114,34 +113,9 @@ class PoolExplorer(Panel):
         self._picture.layout.margin = "0"  # or it is wider than the panel
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The selected adapters, in the pool's order."""
-        return tuple(name for name in self.pool.names if name in self._chosen)
-
-    @names.setter
-    def names(self, names: Sequence[str]) -> None:
-        self._choose(checked(self.pool, names))
-
-    @property
     def used(self) -> tuple[str, ...]:
         """What was selected when "Use these" was last pressed; () before."""
         return self._used
-
-    @property
-    def code(self) -> str:
-        """The line of code that makes the same stack, where the pool is called `pool`."""
-        return f"pool.stack({list(self.names)!r})"
-
-    def stack(self) -> Stack:
-        """The selected adapters as a stack.
-
-        Raises:
-            SelectionError: nothing is selected.
-        """
-        return self.pool.stack(self.names)
-
-    def __repr__(self) -> str:
-        return f"PoolExplorer(pool {self.pool.name!r}): {self._summary()}\n{self.code}"
 
     def _choose(self, names: set[str]) -> None:
         """Select, in the table too, and show it."""
@@ -280,7 +254,7 @@ class PoolExplorer(Panel):
 
     def _remembered(self) -> tuple[str, str, str]:
         """The view and the module to begin with, and what is said of settings that do not fit any more."""
-        kept = MEMORY.get((type(self).__name__, self.key), {}) if self.key else {}
+        kept = self.recall()
         if not kept:
             return "map", views.ALL, ""
         gone = [name for name in dict.fromkeys((*kept["names"], *kept["used"])) if name not in self.pool.names]
@@ -290,9 +264,8 @@ class PoolExplorer(Panel):
         return kept["view"], kept["module"], said
 
     def _remember(self) -> None:
-        if self.key:
-            settings = {"names": self.names, "used": self._used, "view": self.view.value, "module": self._module}
-            MEMORY[type(self).__name__, self.key] = settings
+        settings = {"names": self.names, "used": self._used, "view": self.view.value, "module": self._module}
+        self.remember(settings)
 
 
 def _first(scores: pd.DataFrame, frame: pd.DataFrame) -> tuple[str, str]:

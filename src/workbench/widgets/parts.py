@@ -100,7 +100,12 @@ class Picture(ipywidgets.Image):
 
 
 class Panel(ipywidgets.VBox):
-    """A column of controls. An update that fails is told in it as a sentence and kept as `error` (None: all is well)."""
+    """A column of controls. An update that fails is told in it as a sentence and kept as `error` (None: all is well).
+
+    One that has a `key` can `remember` settings, which the next of its class and key in this kernel may `recall`.
+    """
+
+    key: str | None = None
 
     def __init__(self, children: Sequence[ipywidgets.Widget]):
         self.error: Exception | None = None
@@ -131,6 +136,15 @@ class Panel(ipywidgets.VBox):
             + "<details><summary>In full</summary>"
             + f"<pre class='tex2jax_ignore mathjax_ignore'>{html.escape(whole)}</pre></details>"
         )
+
+    def remember(self, settings: dict) -> None:
+        """Keep the settings under the key; nothing where there is none."""
+        if self.key is not None:
+            MEMORY[type(self).__name__, self.key] = settings
+
+    def recall(self) -> dict:
+        """What was last remembered under the key; empty where nothing was."""
+        return dict(MEMORY.get((type(self).__name__, self.key), {})) if self.key is not None else {}
 
     def _repr_mimebundle_(self, **kwargs) -> dict:
         """As ipywidgets', but with the whole text: it is all that a stored notebook keeps."""

@@ -8,7 +8,7 @@ from workbench.canonical import CANONICAL
 from workbench.errors import MergeError
 from workbench.stack import Stack
 from workbench.widgets.merge_curve import MergeCurve
-from workbench.widgets.parts import MEMORY, Panel, sentence
+from workbench.widgets.parts import Panel, sentence
 from workbench.widgets.unit_tables import layered
 
 __all__ = ["LARGEST_K", "NO_CLUSTER", "UnitControls"]
@@ -112,14 +112,12 @@ class UnitControls(Panel):
 
     def _keep(self) -> None:
         """Keep the settings under the key, where there is one."""
-        if self._key is not None:
-            settings = {name: control.value for name, control in self._kept().items()}
-            MEMORY[type(self).__name__, self._key] = {"module": self.module} | settings
+        settings = {name: control.value for name, control in self._kept().items()}
+        self.remember({"module": self.module} | settings)
 
     def _remembered(self) -> str:
         """Take up what is kept under the key; a sentence on what of it does not fit any more."""
-        kept = dict(MEMORY.get((type(self).__name__, self._key), {})) if self._key is not None else {}
-        lost = []
+        kept, lost = self.recall(), []
         if (module := kept.pop("module", None)) is not None:
             if module in self.stack.outline:
                 self._place(module)

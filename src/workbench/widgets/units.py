@@ -82,7 +82,7 @@ class UnitExplorer(UnitControls):
             MergeError: an unknown module or canonical form, or a k outside 1 … 256.
         """
         self.stack = source.stack() if isinstance(source, Pool) else source
-        self._pool, self.seed, self._key = isinstance(source, Pool), seed, key
+        self._pool, self.seed, self.key = isinstance(source, Pool), seed, key
         self.views = Views(self.stack, labelled(source, labels, self.stack.names), seed)
         for name in merged or ():
             self.stack.index(name)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 
 from workbench.pool import Pool
@@ -141,7 +140,7 @@ class Views:
         names = list(names)
         matrix = _MAPS[self.pool].cosines.loc[names, names] if self.pool in _MAPS else self._cosines[1]
         said = f"Cosine similarity of {len(names)} adapters. {most_alike(matrix)}"
-        return heat_map(torch.tensor(matrix.to_numpy()), names), said
+        return heat_map(matrix), said
 
     def _by_layer(self, names: Sequence[str]) -> tuple[Figure, str]:
         table = by_layer(pd.concat([self._norms[name] for name in names[:ROWS]]))
