@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 
 from helpers import random_adapter, tiny_base
 from hub_server import HubServer
-from workbench.cli import _bytes, app
+from workbench.cli import app
+from workbench.cli.pool import _bytes
 from workbench.hub import client
 from workbench.nano import wild
 from workbench.screen import RULES

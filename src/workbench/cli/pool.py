@@ -1,34 +1,25 @@
-"""The command line: each command is one call into the package. What strangers wrote is shown escaped.
-
-Exit codes: 0 fine, 1 nothing was accepted or it failed at run time, 2 wrong usage.
-"""
+"""The pool's commands: other people's adapters of a base, listed, screened and fetched."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from workbench.errors import SelectionError, WorkbenchError
+from workbench.cli.shared import AsJson, columns, failures, show
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from workbench.screen import Checked
 
-__all__ = ["app"]
-
-app = typer.Typer(
-    no_args_is_help=True, pretty_exceptions_enable=False, help="Are other people's LoRA adapters worth recycling?"
-)
+__all__ = ["pool"]
 
 pool = typer.Typer(no_args_is_help=True, help="Other people's adapters of a base: list, screen and fetch them.")
-app.add_typer(pool, name="pool")
 
 Base = Annotated[str, typer.Argument(help="The base model's id on the Hub, such as meta-llama/Llama-3.1-8B-Instruct.")]
 Alias = Annotated[
@@ -42,40 +33,6 @@ Rules = Annotated[
 Without = Annotated[list[str] | None, typer.Option("--without", help="A rule to switch off; repeatable.")]
 Cache = Annotated[Path | None, typer.Option(help="Where files are kept; by default the Hub client's own cache.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Ask nothing of the Hub; as does HF_HUB_OFFLINE=1.")]
-AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
-
-
-@app.callback()
-def _main() -> None:
-    """Are other people's LoRA adapters worth recycling?"""
-
-
-@app.command()
-def methods(
-    name: Annotated[str, typer.Argument(help="One method, with all its options explained; all of them without.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-) -> None:
-    """List the merging methods: what each returns, its options, the invariances that it keeps, its paper."""
-    from workbench.merge import describe
-
-    try:
-        found = describe(name or None)
-    except WorkbenchError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from error
-    typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(_words(one, bool(name)) for one in found))
-
-
-def _words(one: dict, full: bool) -> str:
-    kept = ", ".join(one["invariances"]) or "none"
-    lines = [
-        f"{one['name']}  ({one['result']}{', ' + one['takes'] if one['takes'] else ''}{', needs ' + one['needs'] if one['needs'] else ''})",
-        f"    {one['summary']}",
-        *(f"    {key} = {option['default']!r}: {option['accepts']}" for key, option in one["options"].items()),
-        f"    invariant to: {kept}",
-        f"    {one['paper']}",
-    ]
-    return "\n".join([*lines, "", one["documentation"]] if full else lines)
 
 
 @pool.command()
@@ -87,7 +44,7 @@ def scan(
 
     from workbench.hub import discover
 
-    with _failures():
+    with failures():
         repos = discover(_id(base), aliases=alias or (), quantised=quantised, limit=limit)
     if as_json:
         typer.echo(json.dumps([asdict(repo) for repo in repos], indent=2))
@@ -97,7 +54,7 @@ def scan(
             (r.id, r.created, r.downloads, r.likes, r.licence, "yes" if r.gated else "", ",".join(r.datasets))
             for r in repos
         ]
-        _print([*_columns(titles, rows), "", f"{len(repos)} adapters of {base}"])
+        show([*columns(titles, rows), "", f"{len(repos)} adapters of {base}"])
     raise typer.Exit(0 if repos else 1)
 
 
@@ -125,7 +82,7 @@ def screen(
 
     chosen, name = _rules(rules, without or ()), _id(source)
     options = _asked(alias, quantised, limit, cache, offline) | {"base": base, "rules": chosen}
-    with _failures():
+    with failures():
         if name == source:
             found = Pool.open(source, base=base, cache=cache, rules=chosen)
             if explain:
@@ -159,62 +116,8 @@ def fetch(
 
     options = _asked(alias, quantised, limit, cache, offline)
     options |= {"rules": _rules(rules, without or ()), "budget": _bytes(budget)}
-    with _failures():
+    with failures():
         _screened(Pool.open(f"hub:{_id(base)}", **options).table, as_json)
-
-
-@app.command()
-def bench(
-    area: Annotated[list[str] | None, typer.Option("--area", help="One area; repeatable. All of them without.")] = None,
-    scale: Annotated[str, typer.Option(help="The model's size: nano, 1B or 8B; its weights are random.")] = "nano",
-    device: Annotated[str, typer.Option(help="Where; by default a GPU where there is one.")] = "",
-    quick: Annotated[bool, typer.Option("--quick", help="Small work, to see whether it runs.")] = False,
-    out: Annotated[Path | None, typer.Option(help="A folder to write the table (Parquet) and its figure to.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure how fast it is: ours beside the ways it is usually done, in one process, with ratios and peak memory."""
-    import torch
-
-    from workbench.bench.run import AREAS, keep, run
-
-    with _failures():
-        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        table = run(area or AREAS, scale, where, quick=quick, say=lambda line: typer.echo(line, err=True))
-    if out is not None:
-        for path in keep(table, out):
-            typer.echo(path, err=True)
-    if as_json:
-        typer.echo(table.to_json(orient="records", indent=2))
-    else:
-        titles = ("area", "work", "way", "each, s", "ratio", "peak, MiB", "TFLOP/s", "GB/s", "error")
-        sizes = table.assign(peak=table["peak"] / 2**20, operations=table["operations"] / 1e12)
-        sizes["traffic"] /= 1e9
-        numbers = sizes[["each", "ratio", "peak", "operations", "traffic", "error"]].map(_short)
-        _print(
-            _columns(titles, zip(*(table[name] for name in ("area", "work", "way")), *numbers.T.values, strict=True))
-        )
-
-
-@app.command()
-def figures(
-    name: Annotated[
-        list[str] | None, typer.Option("--name", help="One figure; repeatable. All of them without.")
-    ] = None,
-    venue: Annotated[
-        str, typer.Option(help="Whose widths: aaai, acl, cvpr, iclr, icml, ieee, jmlr, neurips, tmlr.")
-    ] = "icml",
-    data: Annotated[Path, typer.Option(help="The folder that the notebooks wrote their figures to.")] = Path("figures"),
-    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("figures/paper"),
-) -> None:
-    """Draw a paper's figures at a venue's widths from the data behind the notebooks' figures; nothing is computed anew."""
-    from workbench.plots.paper import draw
-
-    with _failures():
-        draw(name or (), data=data, out=out, venue=venue, say=typer.echo)
-
-
-def _short(value: float) -> str:
-    return "" if value != value else f"{value:.3g}"
 
 
 def _asked(alias, quantised: bool, limit: int | None, cache: Path | None, offline: bool) -> dict:
@@ -233,10 +136,10 @@ def _screened(table: pd.DataFrame, as_json: bool) -> NoReturn:
         typer.echo(json.dumps({"adapters": rows, "refused": refused.to_dict("records")}, indent=2))
     else:
         rows = [(n, "accepted" if a else "refused", r, w) for n, a, r, w in table.iloc[:, :4].itertuples(index=False)]
-        _print([*_columns(("adapter", "verdict", "rule", "reason"), rows), ""])
+        show([*columns(("adapter", "verdict", "rule", "reason"), rows), ""])
         if accepted < len(table):
-            _print([*_columns(("rule", "refused", "what it asks"), refused.itertuples(index=False)), ""])
-        _print([f"{accepted} of {len(table)} adapters accepted"])
+            show([*columns(("rule", "refused", "what it asks"), refused.itertuples(index=False)), ""])
+        show([f"{accepted} of {len(table)} adapters accepted"])
     raise typer.Exit(0 if accepted else 1)
 
 
@@ -248,21 +151,9 @@ def _explained(name: str, checked: Sequence[Checked], as_json: bool) -> NoReturn
         typer.echo(json.dumps({"name": name, "accepted": not broken, "rules": rows}, indent=2))
     else:
         rows = [(c.rule.name, c.rule.stage, c.state, c.reason or c.rule.why) for c in checked]
-        _print([*_columns(("rule", "stage", "outcome", "why, or what it asks"), rows), ""])
-        _print(
-            [f"{name} is refused by {', '.join(broken)}" if broken else f"{name} is accepted by all that were asked"]
-        )
+        show([*columns(("rule", "stage", "outcome", "why, or what it asks"), rows), ""])
+        show([f"{name} is refused by {', '.join(broken)}" if broken else f"{name} is accepted by all that were asked"])
     raise typer.Exit(1 if broken else 0)
-
-
-@contextmanager
-def _failures() -> Iterator[None]:
-    """The package's errors, said on stderr: a wrong name is wrong usage, anything else failed at run time."""
-    try:
-        yield
-    except WorkbenchError as error:
-        _print([str(error)], err=True)
-        raise typer.Exit(2 if isinstance(error, SelectionError) else 1) from error
 
 
 def _rules(rules: str, without: Sequence[str]) -> tuple[str, ...]:
@@ -270,7 +161,7 @@ def _rules(rules: str, without: Sequence[str]) -> tuple[str, ...]:
 
     named = tuple(filter(None, map(str.strip, rules.split(","))))
     chosen = {"default": DEFAULT, "study": STUDY}.get(rules, named)
-    with _failures():
+    with failures():
         applied((*chosen, *without))
     if needed := [name for name in without if RULES[name].required]:
         raise typer.BadParameter(f"{needed[0]!r} cannot be switched off: what breaks it cannot be read as an adapter")
@@ -289,20 +180,3 @@ def _bytes(text: str) -> int | None:
 
 def _id(base: str) -> str:
     return base.removeprefix("hub:")
-
-
-def _columns(titles: Sequence[str], rows: Iterable[Sequence]) -> list[str]:
-    """The lines of a table, its columns side by side."""
-    from workbench.card import printable
-
-    cells = [tuple(titles), *(tuple(printable(str(cell)) for cell in row) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells]
-
-
-def _print(lines: Iterable[str], err: bool = False) -> None:
-    """Print lines in which nothing of a stranger's steers the terminal."""
-    from workbench.card import printable
-
-    for line in lines:
-        typer.echo(printable(line, 10_000), err=err)

@@ -1,0 +1,24 @@
+"""The command line: each command is one call into the package. What strangers wrote is shown escaped.
+
+Exit codes: 0 fine, 1 nothing was accepted or it failed at run time, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from workbench.cli import methods, pool
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, help="Are other people's LoRA adapters worth recycling?"
+)
+app.add_typer(pool.pool, name="pool")
+for command in (methods.methods, methods.bench, methods.figures):
+    app.command()(command)
+
+
+@app.callback()
+def _main() -> None:
+    """Are other people's LoRA adapters worth recycling?"""
