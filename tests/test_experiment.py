@@ -473,7 +473,7 @@ def test_what_a_key_depends_on(base, pool, tasks, monkeypatch):
     pools = [SimpleNamespace(digest=d) for d in "pq"]
 
     def key(base=stand_in, pool=pools[0], task=tasks[0], seed=0, recipe=recipe):
-        return experiment._key(base, pool, Case(task, seed), recipe)
+        return experiment.key_of(base, pool, Case(task, seed), recipe)
 
     keys = {
         "": key(),

@@ -54,7 +54,7 @@ def test_grids_are_well_formed():
                 assert recipe.k + recipe.skip <= 72
                 keys.append(
                     (
-                        experiment._key(stand_in, stand_in, Case(task, 0), recipe),
+                        experiment.key_of(stand_in, stand_in, Case(task, 0), recipe),
                         block.pool,
                         block.fixed,
                         str(block.tasks),

@@ -29,7 +29,7 @@ from workbench.select import SELECTIONS, choose
 from workbench.tasks import Task
 from workbench.tasks import load as load_task
 
-__all__ = ["NEW_ADAPTER", "ZERO_SHOT", "Recipe", "compare"]
+__all__ = ["NEW_ADAPTER", "ZERO_SHOT", "Recipe", "case_of", "compare", "key_of", "rows_of"]
 
 
 @dataclass(frozen=True, init=False)
@@ -194,19 +194,10 @@ def compare(
     if isinstance(tasks, str | Task):
         raise TaskError(f"expected a sequence of tasks, got the single task {tasks!r:.60}; write [it]")
     seeds, recipes = [index(seed) for seed in seeds], list(recipes)
-    cases = [
-        Case(
-            task if isinstance(task, Task) else _load(task, seed, n_test, n_train=n_train, n_validation=n_validation),
-            seed,
-        )
-        for task in tasks
-        for seed in seeds
-    ]
+    sizes = {"n_train": n_train, "n_validation": n_validation, "n_test": n_test}
+    cases = [case_of(task, seed, **sizes) for task in tasks for seed in seeds]
     if not cases:
         raise TaskError("nothing to compare: give at least one task and one seed")
-    for case in cases:
-        if not (case.task.train and case.task.validation and case.task.test):
-            raise TaskError(f"{case.task.name}: comparing needs training, validation and test examples")
     every = list(baselines)
     for recipe in recipes:
         every += [recipe] + [recipe.against(control)] * bool(
@@ -216,19 +207,14 @@ def compare(
     if not every:
         raise MergeError("nothing to compare: give at least one recipe or baseline")
     for recipe in every:
-        if recipe.method not in BASELINES:
-            choose(pool, "random", recipe.k, skip=recipe.skip)  # a k out of range is said before anything runs
-            check_examples(recipe.method, pool)
+        _check(pool, recipe)
     store, place, frames = Results(results) if results else None, place or Workplace(base, pool), []
     for number, recipe in enumerate(every, 1):
-        keys = [_key(base, pool, case, recipe) for case in cases]
-        todo = [i for i, key in enumerate(keys) if not (store and store.has(key))]
+        keys = [key_of(base, pool, case, recipe) for case in cases]
+        todo = [case for case, key in zip(cases, keys, strict=True) if not (store and store.has(key))]
         start = time.perf_counter()
-        found = run(place, recipe, [cases[i] for i in todo]) if todo else []
-        spent = (time.perf_counter() - start) / max(1, len(todo))
-        rows = [
-            _row(keys[i], base, pool, cases[i], recipe, outcome, spent) for i, outcome in zip(todo, found, strict=True)
-        ]
+        rows = rows_of(place, recipe, todo) if todo else []
+        spent = time.perf_counter() - start
         if store:
             for row in rows:
                 store.write(row)
@@ -237,7 +223,7 @@ def compare(
             frames.append(pd.DataFrame(rows))
         if say:
             say(
-                f"{number}/{len(every)} {recipe.label}: {len(todo)} runs ({len(cases) - len(todo)} stored) in {spent * len(todo):.1f} s"
+                f"{number}/{len(every)} {recipe.label}: {len(todo)} runs ({len(cases) - len(todo)} stored) in {spent:.1f} s"
             )
     return pd.concat(frames, ignore_index=True)
 
@@ -248,12 +234,56 @@ def _plain(value):
     return tuple(_plain(one) for one in value) if isinstance(value, list | tuple) else value
 
 
-def _load(name: str, seed: int, n_test: int | None, **sizes) -> Task:
-    task = load_task(name, seed=seed, n_test=n_test, **sizes)
-    return task if n_test is not None else replace(task, test=task.test[:MOST_TESTED])
+def case_of(
+    task: str | Task,
+    seed: int,
+    *,
+    n_train: int | None = 80,
+    n_validation: int | str | None = 20,
+    n_test: int | None = None,
+    draw: int | None = None,
+    folder: str | None = None,
+) -> Case:
+    """A task by name with the examples that a seed draws (`draw`: another seed's), or as it is given, under a seed.
+
+    Raises:
+        TaskError: no such task, more examples than it has, or a split without any.
+    """
+    if not isinstance(task, Task):
+        sizes = {"n_train": n_train, "n_validation": n_validation, "n_test": n_test, "folder": folder}
+        task = load_task(task, seed=seed if draw is None else draw, **sizes)
+        task = task if n_test is not None else replace(task, test=task.test[:MOST_TESTED])
+    if not (task.train and task.validation and task.test):
+        raise TaskError(f"{task.name}: comparing needs training, validation and test examples")
+    return Case(task, seed)
 
 
-def _key(base: Base, pool: Pool, case: Case, recipe: Recipe) -> str:
+def _check(pool: Pool, recipe: Recipe) -> None:
+    """Say before anything runs that a pool is too small for a recipe, or that examples which it needs are not known."""
+    if recipe.method not in BASELINES:
+        choose(pool, "random", recipe.k, skip=recipe.skip)
+        check_examples(recipe.method, pool)
+
+
+def rows_of(place: Workplace, recipe: Recipe, cases: Sequence[Case]) -> list[dict]:
+    """Run one recipe on cases, side by side: a row for each, which `compare` describes.
+
+    Raises:
+        SelectionError, MergeError: what the recipe asks for cannot be done.
+    """
+    _check(place.pool, recipe)
+    start = time.perf_counter()
+    outcomes = run(place, recipe, cases)
+    spent = (time.perf_counter() - start) / len(cases)
+    return [
+        _row(place.base, place.pool, case, recipe, found, spent) for case, found in zip(cases, outcomes, strict=True)
+    ]
+
+
+def key_of(base: Base, pool: Pool, case: Case, recipe: Recipe) -> str:
+    """A run's key: a hash of the content of pool, base and task's split, the recipe with its method's own version, the seed,
+    the type of numbers and the kind of device.
+    """
     return run_key(
         {
             "pool": "" if recipe.method in BASELINES and recipe.method != "best single" else pool.digest,
@@ -268,10 +298,10 @@ def _key(base: Base, pool: Pool, case: Case, recipe: Recipe) -> str:
     )
 
 
-def _row(key: str, base: Base, pool: Pool, case: Case, recipe: Recipe, outcome: Outcome, seconds: float) -> dict:
+def _row(base: Base, pool: Pool, case: Case, recipe: Recipe, outcome: Outcome, seconds: float) -> dict:
     task, labels = case.task, case.task.labels
     return {
-        "key": key,
+        "key": key_of(base, pool, case, recipe),
         "task": task.name,
         "metric": task.metric,
         "operation": labels.get("operation", task.name),  # intervals are clustered by it
