@@ -28,6 +28,7 @@ from workbench.runs import Case, Outcome, Workplace, check_examples, check_optio
 from workbench.select import SELECTIONS, choose
 from workbench.tasks import Task
 from workbench.tasks import load as load_task
+from workbench.usage import Peak, device_name
 
 __all__ = ["NEW_ADAPTER", "ZERO_SHOT", "Recipe", "case_of", "compare", "key_of", "rows_of"]
 
@@ -181,11 +182,16 @@ def compare(
         say: called with a line of progress per recipe.
 
     Returns:
-        Columns: key, task, metric (by which accuracy is), kind, operation, domain, format, recipe, method, select, k, skip,
-        own, control, options, tune, seed, n_train, accuracy and loss on the test split, train_loss, train_accuracy,
-        validation_loss, scale (λ, tuned), accuracy_unscaled (at λ = 1), tuned (the options chosen), rank, norm, stable_rank,
-        parameters (trained numbers), diverged, tokens_per_example, passes, tokens, seconds, chosen, and provenance.
-        `stats.report` sums them up.
+        Columns: key, task, metric (by which accuracy is), kind, operation, domain, format, recipe, method and its version,
+        select, k, skip, own, control, options, tune, seed, n_train, n_validation, n_test, accuracy and loss on the test
+        split, train_loss, train_accuracy, validation_loss, validation_accuracy, scale (λ, tuned), accuracy_unscaled (at
+        λ = 1), tuned (the options chosen), coefficient_mean, _norm, _min, _max and _zeros (the share that is 0), rank, norm,
+        stable_rank, parameters (trained numbers), diverged, tokens_per_example, passes, tokens, chosen; what it cost:
+        seconds (the wall time of all runs of the recipe here, shared equally), side_by_side (among how many) and peak_memory
+        (bytes while they ran: on a GPU the most that PyTorch held, the base with it; on a processor by how much the
+        process's resident set rose, see `usage.Peak`); and provenance: content hashes of pool, base and split (the task's
+        examples), dtype, device, device_name, commit, versions, platform. Stored rows also have schema and written (UTC,
+        seconds since 1970). `stats.report` sums them up.
 
     Raises:
         TaskError: no tasks, or one that does not exist.
@@ -211,7 +217,8 @@ def compare(
     store, place, frames = Results(results) if results else None, place or Workplace(base, pool), []
     for number, recipe in enumerate(every, 1):
         keys = [key_of(base, pool, case, recipe) for case in cases]
-        todo = [case for case, key in zip(cases, keys, strict=True) if not (store and store.has(key))]
+        stored = store.keys() if store else ()
+        todo = [case for case, key in zip(cases, keys, strict=True) if key not in stored]
         start = time.perf_counter()
         rows = rows_of(place, recipe, todo) if todo else []
         spent = time.perf_counter() - start
@@ -272,11 +279,15 @@ def rows_of(place: Workplace, recipe: Recipe, cases: Sequence[Case]) -> list[dic
         SelectionError, MergeError: what the recipe asks for cannot be done.
     """
     _check(place.pool, recipe)
-    start = time.perf_counter()
+    start, peak = time.perf_counter(), Peak(place.base.device)
     outcomes = run(place, recipe, cases)
-    spent = (time.perf_counter() - start) / len(cases)
+    cost = {
+        "seconds": (time.perf_counter() - start) / len(cases),
+        "side_by_side": len(cases),
+        "peak_memory": peak.highest if place.base.device.type == "cuda" else peak.rise,
+    }
     return [
-        _row(place.base, place.pool, case, recipe, found, spent) for case, found in zip(cases, outcomes, strict=True)
+        _row(place.base, place.pool, case, recipe, found, cost) for case, found in zip(cases, outcomes, strict=True)
     ]
 
 
@@ -298,7 +309,7 @@ def key_of(base: Base, pool: Pool, case: Case, recipe: Recipe) -> str:
     )
 
 
-def _row(base: Base, pool: Pool, case: Case, recipe: Recipe, outcome: Outcome, seconds: float) -> dict:
+def _row(base: Base, pool: Pool, case: Case, recipe: Recipe, outcome: Outcome, cost: Mapping) -> dict:
     task, labels = case.task, case.task.labels
     return {
         "key": key_of(base, pool, case, recipe),
@@ -308,6 +319,7 @@ def _row(base: Base, pool: Pool, case: Case, recipe: Recipe, outcome: Outcome, s
         **{name: labels.get(name, "") for name in ("kind", "domain", "format")},
         "recipe": recipe.label,
         "method": recipe.method,
+        "version": recipe.version,
         "select": recipe.select,
         "k": recipe.k,
         "skip": recipe.skip,
@@ -320,12 +332,13 @@ def _row(base: Base, pool: Pool, case: Case, recipe: Recipe, outcome: Outcome, s
         "n_validation": len(task.validation),
         "n_test": len(task.test),
         **outcome.facts,
-        "seconds": seconds,
+        **cost,
         "chosen": json.dumps(outcome.chosen),
         "pool": pool.digest,
         "base": base.digest,
         "split": case.digest,
         "dtype": str(base.dtype).removeprefix("torch."),
         "device": base.device.type,
+        "device_name": device_name(base.device),
         **provenance(),
     }

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
-import os
 import platform
 import subprocess
-import uuid
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
 import pandas as pd
 
-from workbench.errors import WorkbenchError
+from workbench.errors import SelectionError, WorkbenchError
+from workbench.stored import Rows, durable, steadily
 
 __all__ = ["Results", "provenance", "run_key", "write_parquet"]
 
@@ -49,76 +47,189 @@ def provenance() -> dict[str, str]:
 
 def write_parquet(frame: pd.DataFrame, target: Path) -> Path:
     """Write a table so that a reader sees all of it or nothing: a temporary file, fsync, rename."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.stem}.{uuid.uuid4().hex}.tmp"
-    try:
+    with durable(target) as temporary:
         frame.to_parquet(temporary, index=False)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
     return target
 
 
+_FAILED = {"key": "varchar", "error": "varchar", "traceback": "varchar", "parameters": "varchar"}
+_COST = (
+    "schema",
+    "written",
+    "seconds",
+    "side_by_side",
+    "peak_memory",
+    *("commit", "versions", "platform", "device_name"),
+)
+
+
 class Results:
-    """A folder of rows. Folders of several machines merge by copying; a reader never sees half a row."""
+    """A folder of rows, one a key. Folders of several machines merge by copying; a reader never sees half a row.
+
+    Every write is a new file, so that writers on a shared file system are never in each other's way; of a key's rows the
+    last written counts. Failed runs lie apart, in the folder `failed`.
+    """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self._rows, self._failed = Rows(self.folder), Rows(self.folder / "failed", _FAILED)
 
-    def path(self, key: str) -> Path:
-        return self.folder / f"{key}.parquet"
+    def keys(self) -> set[str]:
+        """The keys of all stored runs, from one look at the folder."""
+        return self._rows.keys()
 
     def has(self, key: str) -> bool:
-        """Is there a row of this key?"""
-        return self.path(key).is_file()
+        """Is there a row of this key? For many keys ask `keys` once."""
+        return key in self.keys()
 
-    def write(self, row: Mapping) -> Path:
-        """Store one row under its `key`: a temporary file, fsync, rename.
+    def find(self, prefix: str) -> str:
+        """The only key, of a stored or a failed run, that begins so.
 
         Raises:
-            WorkbenchError: the row has no key.
+            SelectionError: none does, or several.
         """
-        if not row.get("key"):
-            raise WorkbenchError("a result needs a key (see workbench.results.run_key)")
-        return write_parquet(pd.DataFrame([dict(row)]), self.path(row["key"]))
+        every = self.keys() | self._failed.keys()
+        found = [prefix] if prefix in every else sorted(key for key in every if key.startswith(prefix))
+        if len(found) != 1:
+            several = f"{len(found)} keys begin with {prefix!r}, such as {', '.join(found[:3])}; give more of it"
+            raise SelectionError(several if found else f"no run in {self.folder} has a key that begins with {prefix!r}")
+        return found[0]
+
+    def write(self, row: Mapping) -> Path:
+        """Store one row under its `key`: a temporary file, fsync, rename. Adds `schema` and `written`.
+
+        Mappings and sequences are stored as JSON text, NaN as null.
+
+        Raises:
+            WorkbenchError: the row has no key, or one that no file can be named after.
+        """
+        return self._rows.add(row)
+
+    def fail(self, key: str, facts: Mapping) -> Path:
+        """Store that a run failed: facts such as error, traceback, parameters. It meets no average, see `failures`."""
+        return self._failed.add({**dict.fromkeys(_FAILED, ""), **facts, "key": key})
 
     def read(self, keys: Iterable[str] | None = None) -> pd.DataFrame:
         """All rows, or those of the given keys in that order; empty where there are none.
 
         Raises:
-            WorkbenchError: a key that is not stored.
+            WorkbenchError: a key that is not stored, or a row of a newer schema than this version knows.
         """
         if keys is None:
-            return (
-                self.query("select * from results order by key")
-                if any(self.folder.glob("*.parquet"))
-                else pd.DataFrame()
-            )
+            found = self._ask("select * from results order by key")
+            return pd.DataFrame() if found is None or found.empty else found
         keys = list(keys)
         once = list(dict.fromkeys(keys))
-        absent = [key for key in once if not self.has(key)]
+        found = self._ask("select * from results", set(once)) if once else None
+        there = set() if found is None else set(found["key"])
+        absent = [key for key in once if key not in there]
         if absent:
             raise WorkbenchError(
                 f"{len(absent)} of {len(once)} runs are not stored in {self.folder}, such as {absent[0]}"
             )
-        if not keys:
-            return pd.DataFrame()
-        return _read([self.path(key) for key in once]).set_index("key").loc[keys].reset_index()
+        return pd.DataFrame() if found is None else found.set_index("key").loc[keys].reset_index()
 
     def query(self, sql: str) -> pd.DataFrame:
-        """Run SQL over the rows, which are the table `results`."""
-        files = sorted(self.folder.glob("*.parquet"))
-        if not files:
+        """Run SQL over the rows, which are the table `results`; those of `failures` are the table `failures`.
+
+        Raises:
+            WorkbenchError: nothing is stored, or the SQL does not run.
+        """
+        found = self._ask(sql)
+        if found is None:
             raise WorkbenchError(f"no results in {self.folder}")
-        return _read(files, sql)
+        return found
+
+    def failures(self) -> pd.DataFrame:
+        """The last failure of each key that is not stored by now: key, error, traceback, parameters, …, written."""
+        found = self._ask("select * from failures order by written, key")
+        return pd.DataFrame(columns=[*_FAILED, "schema", "written"]) if found is None else found
+
+    def _ask(self, sql: str, keys: set[str] | None = None) -> pd.DataFrame | None:
+        """None where nothing is stored. Failures are listed first: a run that ends meanwhile is stored and no failure."""
+        import duckdb
+
+        def work(failed: list[str], rows: list[str]) -> pd.DataFrame | None:
+            if not rows and not failed:
+                return None
+            with duckdb.connect() as connection:
+                self._rows.attach(connection, "results", rows, keys)
+                if "failures" in sql.lower():
+                    self._failed.attach(connection, "failed", failed)
+                    connection.execute("create view failures as select * from failed anti join results using (key)")
+                found = connection.sql(sql)
+                return pd.DataFrame() if found is None else found.df()
+
+        return steadily([self._failed, self._rows], work)
+
+    def compact(self) -> Path | None:
+        """Gather the files of single rows into one, and those of failures; None where there were no rows to gather.
+
+        Nothing is lost, whoever writes, reads or compacts meanwhile and whenever it is killed (`stored.Rows.compact`).
+        """
+        self._failed.compact()
+        return self._rows.compact()
+
+    def export(self, path: str | Path) -> Path:
+        """Write all rows to one file: .csv, .parquet or .json (a list of objects), by its suffix.
+
+        Raises:
+            WorkbenchError: another suffix, or nothing stored.
+        """
+        path = Path(path)
+        if path.suffix not in (".csv", ".parquet", ".json"):
+            raise WorkbenchError(f"{path}: results are exported as .csv, .parquet or .json, not as {path.suffix!r}")
+        table = self.read()
+        if table.empty:
+            raise WorkbenchError(f"no results in {self.folder}")
+        if path.suffix == ".parquet":
+            return write_parquet(table, path)
+        with durable(path) as temporary:
+            if path.suffix == ".csv":
+                table.to_csv(temporary, index=False)
+            else:
+                table.to_json(temporary, orient="records", indent=2, double_precision=15, force_ascii=False)
+        return path
+
+    def diff(self, other: Results, tolerance: float = 0.0) -> pd.DataFrame:
+        """What sets two stores apart; empty where nothing does.
+
+        Returns:
+            A row for each run that only one has (`status` "only here" or "only there") and for each column of a run in which
+            both differ ("differs"): numbers by more than the tolerance, anything else at all. Costs and provenance are not
+            compared, nor columns that one store, or the row of an older schema, does not have. key, status, column, here,
+            there, difference, and recipe, task and seed where rows have them.
+        """
+        a, b = self.read(), other.read()
+        a, b = (table.set_index("key") if len(table) else table for table in (a, b))
+        both = a.index.intersection(b.index)
+        x, y = a.loc[both], b.loc[both]
+        found = [(key, "only here", "", None, None, None) for key in a.index.difference(b.index)]
+        found += [(key, "only there", "", None, None, None) for key in b.index.difference(a.index)]
+        for name in x.columns.intersection(y.columns, sort=False):
+            if name not in _COST:
+                found += _differing(x[name], y[name], tolerance, x["schema"].fillna(0), y["schema"].fillna(0))
+        table = pd.DataFrame(found, columns=["key", "status", "column", "here", "there", "difference"])
+        named = [name for name in ("recipe", "task", "seed") if name in a or name in b]
+        labels = pd.DataFrame({name: _either(a, b, name) for name in named})
+        table = table.sort_values(["key", "column"], kind="stable", ignore_index=True)
+        return table.join(labels, on="key") if found and named else table
 
 
-def _read(files: list[Path], sql: str = "select * from results") -> pd.DataFrame:
-    import duckdb
+def _either(a: pd.DataFrame, b: pd.DataFrame, name: str) -> pd.Series:
+    """A column of the runs of two stores, of either that has it."""
+    every = pd.concat([table[name].dropna() for table in (a, b) if name in table])
+    return every[~every.index.duplicated()]
 
-    names = [glob.escape(str(file)) for file in files]  # a folder's name may hold [ ] * ?
-    with duckdb.connect() as connection:
-        connection.read_parquet(names, union_by_name=True).create_view("results")
-        return connection.sql(sql).df()
+
+def _differing(x: pd.Series, y: pd.Series, tolerance: float, old: pd.Series, new: pd.Series) -> list[tuple]:
+    """One column of the same runs in two stores, where it differs; `old` and `new` are the rows' schemas."""
+    numbers = all(map(pd.api.types.is_numeric_dtype, (x, y)))
+    if numbers:
+        differs = (x != y) & ((x.astype(float) - y.astype(float)).abs() > tolerance)
+    else:
+        differs = x.notna() & y.notna() & (x.astype(str) != y.astype(str))
+    recorded = ~((x.isna() & (old < new)) | (y.isna() & (new < old)))
+    differs |= (x.isna() != y.isna()) & recorded
+    pairs = zip(x.index[differs], x[differs].tolist(), y[differs].tolist(), strict=True)
+    return [(key, "differs", x.name, here, there, abs(here - there) if numbers else None) for key, here, there in pairs]

@@ -288,10 +288,21 @@ def _fitted(place: Workplace, recipe, cases: Sequence[Case], stacks: Sequence[St
             "tokens": fit.tokens,
             "parameters": fit.parameters,
             "diverged": trains and not bool(torch.isfinite(fit.curves.train).all()),
-            "coefficient_mean": float(fit.coefficients.mean()),
-            "coefficient_norm": float(fit.coefficients.norm()),
+            **_summary(fit.coefficients),
         }
     return outcomes
+
+
+def _summary(coefficients: Tensor) -> dict[str, float]:
+    """Mean, norm, smallest and largest coefficient, and the share that is zero."""
+    found = {
+        "mean": coefficients.mean(),
+        "norm": coefficients.norm(),
+        "min": coefficients.min(),
+        "max": coefficients.max(),
+        "zeros": (coefficients == 0).double().mean(),
+    }
+    return {f"coefficient_{name}": float(value) for name, value in found.items()}
 
 
 def _merged(place: Workplace, recipe, cases: Sequence[Case], stacks: Sequence[Stack]) -> list[Outcome]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -10,13 +9,15 @@ from dataclasses import dataclass
 
 import torch
 
+from workbench.usage import Peak
+
 __all__ = ["Line", "Timing", "ceilings", "timed"]
 
 
 @dataclass(frozen=True)
 class Timing:
     """seconds: the median of the repetitions; spread: their largest over their smallest; peak: bytes held at most above
-    what was held before (of a processor: by how much the process's peak grew, 0 where it held as much before).
+    what was held before (see `workbench.usage.Peak`).
     """
 
     seconds: float
@@ -69,25 +70,13 @@ def timed(work: Callable[[], object], device: str | torch.device, *, warm: int =
     for _ in range(warm):
         work()
     _wait(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    before, took = _held(device), []
+    peak, took = Peak(device), []
     for _ in range(repeat):
         start = time.perf_counter()
         work()
         _wait(device)
         took.append(time.perf_counter() - start)
-    return Timing(statistics.median(took), max(took) / min(took), max(0, _peak(device) - before))
-
-
-def _held(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _peak(device)
-
-
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Timing(statistics.median(took), max(took) / min(took), peak.rise)
 
 
 def ceilings(device: str | torch.device, dtype: torch.dtype, *, size: int | None = None) -> dict[str, float]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from workbench.cli import methods, pool
+from workbench.cli import methods, pool, results
 
 __all__ = ["app"]
 
@@ -15,6 +15,7 @@ app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, help="Are other people's LoRA adapters worth recycling?"
 )
 app.add_typer(pool.pool, name="pool")
+app.add_typer(results.results, name="results")
 for command in (methods.methods, methods.bench, methods.figures):
     app.command()(command)
 
