@@ -22,7 +22,7 @@ from workbench.keys import tensor_names
 from workbench.plain import CONFIG, WEIGHTS, read_config, scaling
 from workbench.source import Factors, Source, feed, squared
 
-__all__ = ["CONFIG", "WEIGHTS", "Adapter", "Factors", "read_config", "scaled", "scaling"]
+__all__ = ["CONFIG", "WEIGHTS", "Adapter", "Factors", "check_free", "read_config", "scaled", "scaling"]
 
 # peft's task types under which it adds no head of its own, which a plain LoRA could not bring along.
 _TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
@@ -81,14 +81,7 @@ class Adapter:
         folder = Path(folder)
         if not self.modules:
             raise AdapterError(f"{self.name}: holds no module, so there is nothing to save")
-        if folder.exists() and not folder.is_dir():
-            raise AdapterError(f"{folder} is a file; choose another folder")
-        if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-            raise AdapterError(f"{folder} exists already; choose another folder or pass overwrite=True")
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).exists():
-            raise AdapterError(
-                f"{folder} holds no {CONFIG}, so it is not an adapter's to overwrite; choose another folder"
-            )
+        check_free(folder, overwrite)
         tensors = {}
         for module, factors in self.modules.items():
             keys = tensor_names(module, factors.embedding)
@@ -167,6 +160,23 @@ def scaled(info: Mapping, weight: float) -> dict:
     """What an update says of itself once it is multiplied by a number: λ is multiplied too."""
     options = info.get("options", {})
     return {**info, "options": {**options, "scale": options["scale"] * weight}} if "scale" in options else dict(info)
+
+
+def check_free(folder: str | Path, overwrite: bool = False) -> None:
+    """Check, before anything is computed for it, that an adapter may be written to a folder.
+
+    Raises:
+        AdapterError: a file of that name, a folder in use (unless `overwrite`), or one whose content is no adapter.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise AdapterError(f"{folder} is a file; choose another folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise AdapterError(f"{folder} exists already; choose another folder or pass overwrite=True")
+    if not (folder / CONFIG).exists():
+        raise AdapterError(f"{folder} holds no {CONFIG}, so it is not an adapter's to overwrite; choose another folder")
 
 
 def _write_folder(folder: Path, files: Mapping[str, str], write_weights) -> None:

@@ -22,7 +22,7 @@ from workbench.controls import BUT_OWN, SHUFFLED, random_like, shuffled
 from workbench.errors import MergeError
 from workbench.evaluate import Encoded, Scores, encode_task, score
 from workbench.judging import judged
-from workbench.merge import Dense, collect, merge, methods
+from workbench.merge import Dense, Statistics, collect, merge, methods
 from workbench.nano import world
 from workbench.pool import Pool
 from workbench.select import CLOSENESS, choose
@@ -39,6 +39,7 @@ __all__ = [
     "Workplace",
     "check_examples",
     "check_options",
+    "observe",
     "run",
     "tune_scales",
 ]
@@ -78,6 +79,17 @@ def check_examples(method: str, pool: Pool, names: Sequence[str] | None = None) 
         )
 
 
+def observe(base: Base, stack: Stack, method: str, names: Sequence[str] | None = None) -> Statistics | None:
+    """What a merge needs of its adapters' examples, 16 of each bundled one's own task; None where it needs nothing.
+
+    `names` are those whose tasks are meant, where the stack holds stand-ins for them.
+    """
+    if not (needs := methods()[method].needs):
+        return None
+    examples = dict(zip(stack.names, upstream(names or stack.names, EXAMPLES).values(), strict=True))
+    return collect(base, stack, examples, gradients=needs == "gradients")
+
+
 @dataclass(frozen=True)
 class Case:
     """One task with its drawn examples, under one seed."""
@@ -101,7 +113,8 @@ class Outcome:
 class Workplace:
     """A base, a pool, and what runs over them can share: encoded splits, targets' own adapters, selections, merges."""
 
-    def __init__(self, base: Base, pool: Pool):
+    def __init__(self, base: Base, pool: Pool | None):
+        """`pool` is None where nothing is chosen from one."""
         self.base, self.pool = base, pool
         self.side_by_side = 512 if base.device.type == "cuda" else 8
         self._encoded: dict = {}

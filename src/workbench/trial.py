@@ -26,15 +26,15 @@ from workbench.controls import MATCHES, random_like
 from workbench.errors import MergeError, TaskError
 from workbench.evaluate import Scores
 from workbench.generation import decode, generate
-from workbench.merge import Dense, collect, merge, methods
+from workbench.merge import Dense, merge, methods
 from workbench.options import near
 from workbench.pool import Pool
 from workbench.prompts import tokenise
-from workbench.runs import EXAMPLES, Case, Workplace, check_examples, check_options, tune_scales
+from workbench.runs import Case, Workplace, check_examples, check_options, observe, tune_scales
 from workbench.stack import Stack
-from workbench.tasks import Task, upstream
+from workbench.tasks import Task
 
-__all__ = ["BASE", "CONTROL", "MERGE", "NEW", "Trial", "line", "try_merge"]
+__all__ = ["BASE", "CONTROL", "MERGE", "NEW", "Trial", "compared", "line", "try_merge"]
 
 MERGE, BASE, NEW, CONTROL = "merge", "base alone", "new adapter", "random control"
 Tell = Callable[[int, int, str], bool]
@@ -194,7 +194,7 @@ def try_merge(
     adapter, fitted, scale = work.merged(stack, stack.names, watch)
     adapters, scores = {MERGE: adapter, **adapters}, {MERGE: work.scored(adapter), **scores}
     order = (MERGE, BASE, NEW, CONTROL)
-    table = _table({what: scores[what] for what in order})
+    table = compared({what: scores[what] for what in order})
     adapters = {what: adapters[what] for what in order}
     told, asked = (watch.done, watch.total), watch.asked
     made = (tuple(stack.names), task.name, task.metric, method, options, seed, control, new, table, adapters)
@@ -243,11 +243,7 @@ class _Work:
                 options["target"] = list(names).index(options["target"])  # stand-ins have other names
             fitted = adapt(base, stack, self.case.task, self.method, seed=self.case.seed, watch=watch, **options)
             return fitted.adapter, fitted, None
-        known, needs = None, methods()[self.method].needs
-        if needs:
-            examples = dict(zip(stack.names, upstream(names, EXAMPLES).values(), strict=True))
-            known = collect(base, stack, examples, gradients=needs == "gradients")
-        found = merge(stack, self.method, statistics=known, **options)
+        found = merge(stack, self.method, statistics=observe(base, stack, self.method, names), **options)
         adapter = found.truncate() if isinstance(found, Dense) else found
         (scale,) = tune_scales(base, [adapter], [self.place.encoded(self.case, "validation")])
         return adapter.times(scale), None, scale
@@ -277,8 +273,10 @@ def _check(pool: Pool, names: Sequence[str], task: Task, method: str, options: M
     check_examples(method, pool, names)
 
 
-def _table(scores: Mapping[str, Scores]) -> pd.DataFrame:
-    ours, rows = scores[MERGE].match[0].double().numpy(), []
+def compared(scores: Mapping[str, Scores]) -> pd.DataFrame:
+    """A row each, as `Trial.table` has them: the scores (1, N) of the first and of what stands beside it."""
+    first = next(iter(scores))
+    ours, rows = scores[first].match[0].double().numpy(), []
     for what, one in scores.items():
         match, loss = one.match[0].double().numpy(), one.loss[0].double().numpy()
         low, high = _interval(match)[1:]
@@ -286,7 +284,7 @@ def _table(scores: Mapping[str, Scores]) -> pd.DataFrame:
             low, high = binomtest(int(match.sum()), len(match)).proportion_ci(0.95, "wilson")
         row = {"accuracy": match.mean(), "low": low, "high": high}
         row |= dict(zip(("loss", "loss_low", "loss_high"), _interval(loss), strict=True))
-        apart = (np.nan,) * 3 if what == MERGE else _interval(ours - match)
+        apart = (np.nan,) * 3 if what == first else _interval(ours - match)
         row |= dict(zip(("difference", "difference_low", "difference_high"), apart, strict=True))
         rows.append({"what": what, **row, "n": len(match)})
     return pd.DataFrame(rows).set_index("what")

@@ -27,7 +27,7 @@ from workbench.options import Option, near
 from workbench.stack import Stack
 from workbench.tasks import Task
 
-__all__ = ["ADAPTIVE", "Method", "adapt", "fit_many", "options_of", "scheduled"]
+__all__ = ["ADAPTIVE", "Method", "adapt", "fit_many", "named", "options_of", "scheduled"]
 
 _NOT_OPTIONS = ("seeds", "names", "watch")
 
@@ -43,6 +43,7 @@ class Method:
     paper: str
     validates: bool = True  # takes validation examples
     fixed: bool = False  # the stack stays as it is, and the coefficients alone make the adapter
+    routes: bool = False  # it makes a routed model, which is no adapter
 
     @cached_property
     def options(self) -> dict[str, Option]:
@@ -96,11 +97,22 @@ _METHODS = (
     Method("lorahub", lorahub, 2, None, "https://arxiv.org/abs/2307.13269", validates=False, fixed=True),
     Method("adamerging", adamerging, 1, COEFFICIENTS, "https://arxiv.org/abs/2310.02575", fixed=True),
     Method("pi_tuning", pi_tuning, 1, PI_TUNING, "https://arxiv.org/abs/2304.14381"),
-    Method("arrow", arrow, 1, ARROW, "https://arxiv.org/abs/2405.11157"),
+    Method("arrow", arrow, 1, ARROW, "https://arxiv.org/abs/2405.11157", routes=True),
     Method("prior", prior, 1, PRIOR, ""),
     Method("ridge", ridge, 1, None, "", fixed=True),
 )
 ADAPTIVE: dict[str, Method] = {method.name: method for method in _METHODS}
+
+
+def named(method: str) -> Method:
+    """An adaptive method by its name.
+
+    Raises:
+        MergeError: no such method (near names are given).
+    """
+    if method not in ADAPTIVE:
+        raise MergeError(f"no adaptive method {method!r}{near(method, ADAPTIVE)}; choose one of {', '.join(ADAPTIVE)}")
+    return ADAPTIVE[method]
 
 
 def scheduled(schedule: Schedule, options: Mapping) -> tuple[Schedule, dict]:
@@ -133,9 +145,7 @@ def fit_many(
     Raises:
         MergeError: an unknown method or option, or a value that an option does not allow.
     """
-    if method not in ADAPTIVE:
-        raise MergeError(f"no adaptive method {method!r}{near(method, ADAPTIVE)}; choose one of {', '.join(ADAPTIVE)}")
-    chosen = ADAPTIVE[method]
+    chosen = named(method)
     schedule, own = chosen.settings(options)
     given = (train, validation) if chosen.validates else (train,)
     given += (schedule,) if schedule else ()

@@ -7,17 +7,29 @@ from __future__ import annotations
 
 import typer
 
-from workbench.cli import methods, pool, results
+from workbench.cli import evaluate, laboratory, make, methods, pool, results
 
 __all__ = ["app"]
 
 app = typer.Typer(
-    no_args_is_help=True, pretty_exceptions_enable=False, help="Are other people's LoRA adapters worth recycling?"
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Are other people's LoRA adapters worth recycling?",
 )
 app.add_typer(pool.pool, name="pool")
 app.add_typer(results.results, name="results")
-for command in (methods.methods, methods.bench, methods.figures):
+for command in (
+    methods.methods,
+    make.merge,
+    make.adapt,
+    evaluate.evaluate,
+    methods.bench,
+    methods.figures,
+    laboratory.forge,
+):
     app.command()(command)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(laboratory.lab)
 
 
 @app.callback()

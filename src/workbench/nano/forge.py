@@ -6,8 +6,8 @@ stack. Writes base/, adapters/NAME/, forge.json (recipe, log, held-out accuracie
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -291,14 +291,10 @@ def _base_card(report: dict) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line: one preset, one folder."""
-    parser = argparse.ArgumentParser(description="Train the bundled laboratory.")
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="tiny")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=1)
-    args = parser.parse_args(argv)
-    forge(PRESETS[args.preset], args.out, args.device, workers=args.workers)
+    """`workbench forge` with these arguments, by default the command line's."""
+    from workbench.cli import app
+
+    app(["forge", *(sys.argv[1:] if argv is None else argv)], standalone_mode=argv is None)
 
 
 if __name__ == "__main__":

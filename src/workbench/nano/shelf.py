@@ -5,11 +5,17 @@ from __future__ import annotations
 import string
 from pathlib import Path
 
-__all__ = ["ADAPTERS", "BASE", "DATA", "make_tokenizer"]
+__all__ = ["ADAPTERS", "BASE", "DATA", "NAME", "bundled", "make_tokenizer"]
 
 DATA = Path(__file__).parent / "data"
 BASE, ADAPTERS = DATA / "base", DATA / "adapters"
+NAME = "workbench/nano-base"  # what the bundled pool's configurations call their base
 _ALPHABET = "\n" + " " + string.ascii_lowercase + string.ascii_uppercase + string.digits + ",.:;=<>[]{}\"'*-+/?!_|#()"
+
+
+def bundled(base: str) -> str:
+    """A base as `Base.load` takes it: the folder of the bundled one where its name is given, else as it is."""
+    return str(BASE) if base == NAME and BASE.is_dir() else base
 
 
 def make_tokenizer():

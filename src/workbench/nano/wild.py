@@ -20,12 +20,10 @@ from workbench.adapters import CONFIG, WEIGHTS
 from workbench.base import Base
 from workbench.nano import odd  # noqa: F401  # registers its own
 from workbench.nano.broken import BREAKAGES, EMBEDDING, RANK, STUDY_ONLY, Draft
-from workbench.nano.shelf import BASE
+from workbench.nano.shelf import BASE, NAME
 from workbench.screen import base_shapes
 
 __all__ = ["BREAKAGES", "NAME", "STUDY_ONLY", "make", "sound", "write"]
-
-NAME = "workbench/nano-base"  # what the bundled pool's configurations call their base
 
 
 def make(folder: str | Path, base: Base | str | Path | None = None, *, seed: int = 0) -> dict[str, str]:
