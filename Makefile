@@ -82,7 +82,7 @@ nbval: $(STAMP)
 	  --nbval-cell-timeout 300 --nbval-sanitize-with tests/sanitize.cfg -n 2 --dist loadscope "$$copy"/notebooks/[0-9]*.ipynb
 
 lab: $(STAMP)
-	$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks $(LAB)
+	.venv/bin/workbench lab $(LAB)
 
 notebooks: $(STAMP)
 	@mkdir -p figures
