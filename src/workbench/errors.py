@@ -1,6 +1,6 @@
 """The few exceptions of the package; each says what was expected, what came, where, and what to do."""
 
-__all__ = ["AdapterError", "BaseError", "MergeError", "SelectionError", "TaskError", "WorkbenchError"]
+__all__ = ["AdapterError", "BaseError", "MergeError", "ParameterError", "SelectionError", "TaskError", "WorkbenchError"]
 
 
 class WorkbenchError(ValueError):
@@ -17,6 +17,10 @@ class BaseError(WorkbenchError):
 
 class MergeError(WorkbenchError):
     """A merging method or its options do not suit the stack it was given."""
+
+
+class ParameterError(WorkbenchError):
+    """A notebook's parameter is unknown, or has a value that it cannot take."""
 
 
 class SelectionError(WorkbenchError):
