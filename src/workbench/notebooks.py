@@ -7,21 +7,33 @@ it run in seconds, and `workbench.runs`, a list of such dicts for the slow gate.
 from __future__ import annotations
 
 import argparse
-import ast
 import os
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
-from workbench.errors import WorkbenchError
+from workbench.errors import ParameterError, WorkbenchError
+from workbench.parameters import NUMBERED, checked, described, literals
+from workbench.recording import record, recorded
 
-__all__ = ["execute", "find", "parameters_of", "run", "settings", "store", "title_of"]
+__all__ = [
+    "describe",
+    "execute",
+    "find",
+    "parameters_of",
+    "record",
+    "recorded",
+    "run",
+    "settings",
+    "store",
+    "title_of",
+    "validate",
+]
 
-PATTERN = "[0-9]*.ipynb"
 CELL_TIMEOUT = 600
 KEPT_METADATA = ("kernelspec", "language_info", "workbench")
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -34,7 +46,7 @@ def find(folder: str | Path = "notebooks", names: Iterable[str] = ()) -> list[Pa
     Raises:
         WorkbenchError: a name that no notebook starts with.
     """
-    found, names = sorted(Path(folder).glob(PATTERN)), tuple(names)
+    found, names = sorted(Path(folder).glob(NUMBERED)), tuple(names)
     for name in names:
         if not any(path.name.startswith(name) for path in found):
             raise WorkbenchError(f"no notebook in {folder} starts with {name!r}; there are {[p.stem for p in found]}")
@@ -60,23 +72,40 @@ def parameters_of(notebook) -> dict:
     Raises:
         WorkbenchError: no such cell, several, or something in it that is not `name = literal`.
     """
+    return literals(_parameters_cell(notebook))
+
+
+def _parameters_cell(notebook) -> str:
+    """The source of the one cell tagged `parameters`."""
     cells = [c for c in notebook.cells if c.cell_type == "code" and "parameters" in c.metadata.get("tags", [])]
     if len(cells) != 1:
         raise WorkbenchError(f"expected one code cell tagged `parameters`, found {len(cells)}")
-    found = {}
-    for statement in ast.parse(cells[0].source).body:
-        try:
-            if isinstance(statement, ast.AnnAssign):
-                targets, value = [statement.target], ast.literal_eval(statement.value)
-            else:
-                targets, value = statement.targets, ast.literal_eval(statement.value)
-            found.update({target.id: value for target in targets})
-        except (AttributeError, TypeError, ValueError) as error:
-            raise WorkbenchError(
-                f"line {statement.lineno} of the parameters cell, `{ast.unparse(statement)}`, is not `name = literal`; "
-                f"move what is derived to the next cell"
-            ) from error
-    return found
+    return cells[0].source
+
+
+def describe(path: str | Path) -> list[dict[str, object]]:
+    """A notebook's parameters, a dict each: `name`, `default`, `kind` (what it may be, in words) and `help`.
+
+    Raises:
+        WorkbenchError: the parameters cell cannot be read (see `parameters_of`).
+    """
+    return described(_parameters_cell(read(path)))
+
+
+def validate(path: str | Path, parameters: Mapping[str, object]) -> dict[str, object]:
+    """Hold overrides to a notebook's parameters before anything runs; relative paths start in the notebook's folder.
+
+    Returns:
+        The values as the notebook uses them, such as 1 for 1.0, and the list for a JSON text of one.
+
+    Raises:
+        ParameterError: a value that the parameter cannot take, or a name that is no parameter of this notebook.
+    """
+    path = Path(path)
+    try:
+        return checked(parameters, parameters_of(read(path)), path.parent) if parameters else {}
+    except ParameterError as error:
+        raise ParameterError(f"{path.name}: {error}") from error
 
 
 def settings(path: Path, mode: str) -> list[dict]:
@@ -112,9 +141,13 @@ def execute(path: Path, target: Path, parameters: dict, *, timeout: int = CELL_T
     Args:
         parameters: overrides of the cell tagged `parameters`; plain JSON values.
         timeout: seconds a cell may take; a dead kernel ends there too.
+
+    Raises:
+        ParameterError: what the parameters cannot take (see `validate`); nothing has run then.
     """
     import papermill
 
+    parameters = validate(path, parameters)
     target.parent.mkdir(parents=True, exist_ok=True)
     papermill.execute_notebook(
         str(path),
@@ -130,7 +163,13 @@ def execute(path: Path, target: Path, parameters: dict, *, timeout: int = CELL_T
 
 
 def run(
-    paths: Iterable[Path], to: Path, out: Path | None = None, *, mode: str = "defaults", timeout: int = CELL_TIMEOUT
+    paths: Iterable[Path],
+    to: Path,
+    out: Path | None = None,
+    *,
+    mode: str = "defaults",
+    given: Mapping[str, object] | None = None,
+    timeout: int = CELL_TIMEOUT,
 ) -> dict[str, str]:
     """Execute notebooks one after the other, with a line on each; a failure does not stop the others.
 
@@ -138,6 +177,7 @@ def run(
         to: folder of the executed copies; several runs of one notebook are numbered from 0.
         out: folder of the figures, given to each notebook as its parameter `out`; by default one for each under `to`.
         mode: `defaults`, `small` or `runs`, see `settings`.
+        given: parameters that go before those; an `out` among them goes before the argument too.
 
     Returns:
         Name of each failed run → the last line of its error.
@@ -151,8 +191,9 @@ def run(
             name = f"{path.stem}-{i}" if mode == "runs" else path.stem
             figures = Path(out or to / "figures" / name).resolve()
             figures.mkdir(parents=True, exist_ok=True)
-            given = {**override, "out": os.path.relpath(figures, path.parent.resolve())}
-            jobs[name] = partial(execute, path, to / f"{name}.ipynb", given, timeout=timeout)
+            figures_from_there = os.path.relpath(figures, path.parent.resolve())
+            values = validate(path, {"out": figures_from_there, **override, **(given or {})})
+            jobs[name] = partial(execute, path, to / f"{name}.ipynb", values, timeout=timeout)
     return _each(jobs)
 
 
