@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from workbench.cli import evaluate, laboratory, make, methods, pool, results
+from workbench.cli import evaluate, laboratory, make, methods, notebooks, pool, results
 
 __all__ = ["app"]
 
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.add_typer(pool.pool, name="pool")
 app.add_typer(results.results, name="results")
+app.add_typer(notebooks.notebooks, name="notebooks")
 for command in (
     methods.methods,
     make.merge,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from workbench.errors import SelectionError, WorkbenchError
+from workbench.errors import ParameterError, SelectionError, WorkbenchError
 
 __all__ = ["AsJson", "columns", "failures", "options_of", "short", "show"]
 
@@ -26,7 +26,7 @@ def failures(usage: bool = False) -> Iterator[None]:
         yield
     except WorkbenchError as error:
         show([str(error)], err=True)
-        raise typer.Exit(2 if usage or isinstance(error, SelectionError) else 1) from error
+        raise typer.Exit(2 if usage or isinstance(error, SelectionError | ParameterError) else 1) from error
     except BrokenPipeError:
         raise
     except OSError as error:  # a disk that is full, a folder that may not be written to
