@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -78,8 +79,8 @@ def _real(value: object) -> float | int:
         try:
             value = float(value)
         except ValueError:
-            raise _Unfit(repr(value)) from None
-    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+            raise _Unfit(shown(value)) from None
+    if not isinstance(value, Real) or isinstance(value, bool) or not -math.inf < value < math.inf:
         raise _Unfit(shown(value))
     return value
 
@@ -100,10 +101,10 @@ def number(low: float, high: float | None = None) -> Kind:
     """A finite number from `low` to `high`, both included, or above `low` where there is no `high`."""
 
     def reads(value, folder):
-        found = float(_real(value))
-        if not (found > low if high is None else low <= found <= high):
+        found = _real(value)
+        if not (low < found <= sys.float_info.max if high is None else low <= found <= high):
             raise _Unfit(shown(value))
-        return found
+        return float(found)
 
     return Kind(f"a number above {low:g}" if high is None else f"a number from {low:g} to {high:g}", reads)
 

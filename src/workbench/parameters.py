@@ -196,9 +196,8 @@ def check(namespace: dict) -> dict[str, object]:
     own, injected = _told(namespace["In"]) if "In" in namespace else ([*PARAMETERS], [*plain])
     values = {name: namespace[name] for name in [*own, *injected] if name in namespace}
     if (home := _home()) != Path():
-        moved = [
-            n for n in own if n not in injected and n in PARAMETERS and PARAMETERS[n].kind.is_path and values.get(n)
-        ]
+        paths = [name for name in own if name in PARAMETERS and PARAMETERS[name].kind.is_path]
+        moved = [name for name in paths if name not in injected and values.get(name)]
         values |= {name: os.path.normpath(home / values[name]) for name in moved}
     found = checked(values, own)
     namespace.update(found)
