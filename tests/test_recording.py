@@ -99,6 +99,7 @@ def test_a_run_checks_its_parameters_first_and_its_copy_keeps_what_was_recorded(
     assert not (tmp_path / "runs" / "2.ipynb").exists()
 
 
+@pytest.mark.slow
 def test_papermill_s_own_command_takes_lists_as_json_and_is_stopped_by_a_name_that_is_none(tmp_path):
     """From the folder above the notebooks, without --cwd, as a person would type it."""
     cells = (
