@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from workbench.cli import evaluate, laboratory, make, methods, notebooks, pool, results
+from workbench.cli import evaluate, laboratory, make, methods, notebooks, pool, results, sweep
 
 __all__ = ["app"]
 
@@ -25,6 +25,7 @@ for command in (
     make.merge,
     make.adapt,
     evaluate.evaluate,
+    sweep.sweep,
     methods.bench,
     methods.figures,
     laboratory.forge,
