@@ -10,15 +10,18 @@ __all__ = ["again"]
 
 
 def again(row: Mapping) -> str:
-    """The lines of code that run a row of `compare` again, or the command for an executed notebook's; "" for others.
+    """The lines of code that run a row of `compare` again, or the command for an executed notebook; "" for other rows.
 
-    The lines need `base` and `pool`; their comments say by which hashes those are known.
+    Of a run of a sweep (its JSON is in the column `run`) they open its pool and base. Others need `base` and `pool`; their
+    comments say by which hashes those are known.
     """
-    parameters = _json(row.get("parameters"))
-    if isinstance(parameters, dict) and "notebook" in parameters:
-        name, given = str(parameters["notebook"]), json.dumps(parameters.get("parameters", {}))
-        path = name if name.endswith(".ipynb") else f"notebooks/{name}.ipynb"
+    run = _json(row.get("run"))
+    if run and "notebook" in run:
+        given = json.dumps(run.get("given", {}))
+        path = str(run["notebook"])
         return shlex.join(["papermill", "--cwd", "notebooks", path, "runs/again.ipynb", "-y", given])
+    if run and not _comparable(run):
+        return f"from workbench.sweep.spec import run_from\n\nrun = run_from({run!r})"
     if not all(isinstance(row.get(name), str) for name in ("method", "task")):
         return ""
     given = {name: row[name] for name in ("select", "control") if row.get(name)}
@@ -27,12 +30,18 @@ def again(row: Mapping) -> str:
     given |= {name: _json(row[name]) for name in ("options", "tune") if _json(row.get(name))}
     sizes = {name: int(row[name]) for name in ("n_train", "n_validation", "n_test") if row.get(name) is not None}
     about = {name: str(row.get(name) or "unknown") for name in ("base", "dtype", "device", "pool", "commit")}
+    opened = []
+    if run:
+        opened.append(f"pool = wb.Pool.open({', '.join([repr(run['pool']), *_arguments(run.get('opening', {}))])})")
+        base = "pool.base" if run["base"] is None else repr(run["base"])
+        opened.append(f"base = wb.Base.load({', '.join([base, *_arguments(run.get('load', {}))])})")
     return "\n".join(
         [
             f"# base: the model with digest {about['base']!r}, in {about['dtype']!r} on {about['device']!r}",
             f"# pool: the pool with digest {about['pool']!r}; git commit {about['commit']!r}",
             "import workbench as wb",
             "",
+            *opened,
             f"recipe = wb.Recipe({', '.join([repr(row['method']), *_arguments(given)])})",
             f"table = wb.compare(base, pool, [{row['task']!r}], [recipe], seeds=[{int(row['seed'])}], "
             f'{", ".join(_arguments(sizes))}, control="", baselines=())',
@@ -40,12 +49,19 @@ def again(row: Mapping) -> str:
     )
 
 
+def _comparable(run: Mapping) -> bool:
+    """Whether `compare` does what the run does: a recipe, its task by name, its examples drawn under the run's seed."""
+    plain = run.get("draw") in (None, run.get("seed")) and run.get("folder") is None
+    return "recipe" in run and plain and not isinstance(run.get("n_validation"), str)
+
+
 def _arguments(given: Mapping) -> list[str]:
     return [f"{name}={value!r}" for name, value in given.items()]
 
 
-def _json(text: object) -> object:
+def _json(text: object) -> dict:
     try:
-        return json.loads(text) if isinstance(text, str) else None
+        found = json.loads(text) if isinstance(text, str) else {}
     except json.JSONDecodeError:
-        return None
+        return {}
+    return found if isinstance(found, dict) else {}

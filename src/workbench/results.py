@@ -52,7 +52,7 @@ def write_parquet(frame: pd.DataFrame, target: Path) -> Path:
     return target
 
 
-_FAILED = {"key": "varchar", "error": "varchar", "traceback": "varchar", "parameters": "varchar"}
+_FAILED = dict.fromkeys(("key", "asked", "error", "traceback", "run"), "varchar")
 _COST = (
     "schema",
     "written",
@@ -106,7 +106,7 @@ class Results:
         return self._rows.add(row)
 
     def fail(self, key: str, facts: Mapping) -> Path:
-        """Store that a run failed: facts such as error, traceback, parameters. It meets no average, see `failures`."""
+        """Store that a run failed: error, traceback, run (its JSON), … It meets no average, see `failures`."""
         return self._failed.add({**dict.fromkeys(_FAILED, ""), **facts, "key": key})
 
     def read(self, keys: Iterable[str] | None = None) -> pd.DataFrame:
@@ -141,7 +141,10 @@ class Results:
         return found
 
     def failures(self) -> pd.DataFrame:
-        """The last failure of each key that is not stored by now: key, error, traceback, parameters, …, written."""
+        """The last failure of each key that is not stored by now: key, asked, error, traceback, run, …, written.
+
+        `asked` is a name of what was to be run, for failures before a run's key is known: rows that have it end them too.
+        """
         found = self._ask("select * from failures order by written, key")
         return pd.DataFrame(columns=[*_FAILED, "schema", "written"]) if found is None else found
 
@@ -156,7 +159,8 @@ class Results:
                 self._rows.attach(connection, "results", rows, keys)
                 if "failures" in sql.lower():
                     self._failed.attach(connection, "failed", failed)
-                    connection.execute("create view failures as select * from failed anti join results using (key)")
+                    ended = " anti join results using (asked)" * ("asked" in connection.table("results").columns)
+                    connection.execute(f"create view failures as from failed anti join results using (key){ended}")
                 found = connection.sql(sql)
                 return pd.DataFrame() if found is None else found.df()
 
@@ -224,12 +228,15 @@ def _either(a: pd.DataFrame, b: pd.DataFrame, name: str) -> pd.Series:
 
 def _differing(x: pd.Series, y: pd.Series, tolerance: float, old: pd.Series, new: pd.Series) -> list[tuple]:
     """One column of the same runs in two stores, where it differs; `old` and `new` are the rows' schemas."""
-    numbers = all(map(pd.api.types.is_numeric_dtype, (x, y)))
-    if numbers:
-        differs = (x != y) & ((x.astype(float) - y.astype(float)).abs() > tolerance)
+    gap = pd.Series(float("nan"), index=x.index)
+    if pd.api.types.is_numeric_dtype(x) and pd.api.types.is_numeric_dtype(y):
+        gap = (x.astype(float) - y.astype(float)).abs()
+        differs = gap > tolerance
     else:
         differs = x.notna() & y.notna() & (x.astype(str) != y.astype(str))
-    recorded = ~((x.isna() & (old < new)) | (y.isna() & (new < old)))
-    differs |= (x.isna() != y.isna()) & recorded
-    pairs = zip(x.index[differs], x[differs].tolist(), y[differs].tolist(), strict=True)
-    return [(key, "differs", x.name, here, there, abs(here - there) if numbers else None) for key, here, there in pairs]
+    differs |= (x.isna() != y.isna()) & ~((x.isna() & (old < new)) | (y.isna() & (new < old)))
+    here, there = (one[differs].astype(object).where(one[differs].notna(), None) for one in (x, y))
+    return [
+        (key, "differs", x.name, *values)
+        for key, *values in zip(x.index[differs], here, there, gap[differs], strict=True)
+    ]

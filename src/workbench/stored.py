@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import glob
 import json
-import math
 import os
 import re
 import time
@@ -19,6 +18,7 @@ from workbench.errors import WorkbenchError
 
 if TYPE_CHECKING:
     import duckdb
+    import pyarrow as pa
 
 __all__ = ["SCHEMA", "Rows", "check_key", "durable", "steadily"]
 
@@ -124,8 +124,8 @@ class Rows:
         import pyarrow.parquet as pq
 
         target = self.folder / _named(check_key(row.get("key")))
-        plain = {str(name): _plain(value) for name, value in row.items()}
-        table = pa.Table.from_pylist([plain | {"schema": SCHEMA, "written": time.time()}])
+        plain = {str(name): _plain(value) for name, value in row.items()} | {"schema": SCHEMA, "written": time.time()}
+        table = pa.table({name: pa.array([value], _kind(value), from_pandas=True) for name, value in plain.items()})
         with durable(target) as temporary:
             pq.write_table(table, temporary, use_dictionary=False, compression="none", store_schema=False)  # one row
         return target
@@ -277,9 +277,14 @@ def _plain(value: object) -> object:
     value = value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
     if isinstance(value, Mapping | list | tuple):
         value = json.dumps(value, default=str)
-    if isinstance(value, str):
-        return value.encode(errors="backslashreplace").decode()
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
+
+
+def _kind(value: object) -> pa.DataType | None:
+    """What NaN would not tell of itself."""
+    import pyarrow as pa
+
+    return pa.float64() if isinstance(value, float) else None
 
 
 def _named(stem: str) -> str:

@@ -12,6 +12,8 @@ import typer
 from workbench.cli.shared import AsJson, columns, failures, short, show
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from workbench.results import Results
 
 __all__ = ["results"]
@@ -19,8 +21,8 @@ __all__ = ["results"]
 results = typer.Typer(no_args_is_help=True, help="Stored results: list, show, compare, export and gather them.")
 
 Folder = Annotated[Path, typer.Argument(help="The folder of results, as given to compare(…, results=…).")]
-RUNS = ("key", "recipe", "task", "seed", "accuracy", "loss", "seconds", "device", "written")
-FAILED = ("key", "error", "parameters", "written")
+RUNS = ("key", "recipe", "notebook", "task", "seed", "accuracy", "loss", "seconds", "device", "written")
+FAILED = ("key", "label", "error", "written")
 
 
 @results.command("ls")
@@ -48,8 +50,7 @@ def ls(
     if as_json:
         typer.echo(table.to_json(orient="records", indent=2))
     else:
-        rows = ([_cell(name, row[name]) for name in table] for row in table.to_dict("records"))
-        show([*columns(list(table), rows), "", f"{len(table)} {'failures' if failed else 'runs'} in {folder}"])
+        show([*_lines(table), "", f"{len(table)} {'failures' if failed else 'runs'} in {folder}"])
     raise typer.Exit(0 if len(table) else 1)
 
 
@@ -66,7 +67,7 @@ def show_run(
         store = _open(folder)
         key = store.find(key)
         table = store.read([key]) if store.has(key) else store.failures().query("key == @key")
-        facts = {name: value for name, value in table.iloc[0].to_dict().items() if value == value and value is not None}
+        facts = table.iloc[0].dropna().to_dict()
     lines = again(facts)
     if as_json:
         typer.echo(json.dumps(facts | {"again": lines}, indent=2, default=lambda value: value.item()))
@@ -94,8 +95,7 @@ def diff(
     if as_json:
         typer.echo(table.to_json(orient="records", indent=2))
     else:
-        rows = ([_cell(name, row[name]) for name in table] for row in table.to_dict("records"))
-        shown = [*columns(list(table), rows), ""] if len(table) else []
+        shown = [*_lines(table), ""] if len(table) else []
         counts = table["status"].value_counts()
         runs = table.loc[table["status"] == "differs", "key"].nunique()
         only = f"{counts.get('only here', 0)} runs only in {here}, {counts.get('only there', 0)} only in {there}"
@@ -128,15 +128,18 @@ def _open(folder: Path) -> Results:
     return Results(folder)
 
 
+def _lines(table: pd.DataFrame) -> list[str]:
+    plain = table.astype(object).where(table.notna(), None)
+    return columns(list(table), ([_cell(name, row[name]) for name in table] for row in plain.to_dict("records")))
+
+
 def _cell(name: str, value: object) -> object:
     """A value in a table: numbers in few digits, the first line of a text."""
-    if value is None or value != value:
+    if value is None:
         return ""
     if name == "written":
         return _time(value)
-    if isinstance(value, float):
-        return short(value)
-    return str(value).partition("\n")[0]
+    return short(value) if isinstance(value, float) else str(value).partition("\n")[0]
 
 
 def _time(value: object) -> str:
