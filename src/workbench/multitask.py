@@ -59,6 +59,7 @@ def multitask(
     schedule: Schedule = NEW_ADAPTER,
     floor: float = 0.5,
     single: bool = True,
+    real: bool = True,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Merge a stack by each variant and score each merge on every task; all updates share their passes.
@@ -74,6 +75,7 @@ def multitask(
             `rank`, or the mean rank of the stack.
         floor: least own accuracy at which `relative` is defined.
         single: look for the best single adapter, which scores every one at every λ.
+        real: False leaves out the merges of the real adapters, so that those of their stand-ins are made alone.
         seed: of the random stand-ins and the new adapters.
 
     Returns:
@@ -94,7 +96,7 @@ def multitask(
         [encode_task(base, t, getattr(t, split)) for t in tasks.values()] for split in ("validation", "test")
     )
     sizes, pooled, stream = [len(rows) for rows in test], list(chain(*validation)), list(chain(*test))
-    found = [_merged(stack, name, "", choices, rank) for name, choices in variants.items()]
+    found = [_merged(stack, name, "", choices, rank) for name, choices in variants.items() if real]
     for control in controls:
         drawn = random_like(stack, control, seed=seed)
         found += [_merged(drawn, name, control, choices, rank) for name, choices in variants.items()]
@@ -113,8 +115,8 @@ def multitask(
         chosen.append((every[best], scales[best], losses[best]))
         at += len(group)
     adapters = [one.adapter for one, _, _ in chosen]
-    tuned = score_at(base, adapters, [scale for _, scale, _ in chosen], [stream] * len(chosen))
-    plain = score_at(base, adapters, [1.0] * len(chosen), [stream] * len(chosen))
+    at_scales = [[scale for _, scale, _ in chosen], [1.0] * len(chosen)]
+    tuned, plain = [score_at(base, adapters, at, [stream] * len(chosen)) for at in at_scales if chosen] or (None, None)
 
     own = {
         name: next(_means(evaluate(base, task, grouped([stack.adapter(name)], base.device)), 0, [len(task.test)]))
@@ -153,13 +155,14 @@ def multitask(
         }
         means = zip(facts, _means(tuned, g, sizes), _means(plain, g, sizes), strict=True)
         rows += [about | fact | at_scale | _unscaled(at_one) for fact, at_scale, at_one in means]
+    unset = {"control": "", "options": "{}", "limit": 0, "k": 0, "rank": 0}
     for fact, means in zip(facts, _means(score(base, [stream]), 0, sizes), strict=True):
-        rows.append({"variant": "zero-shot", "method": "zero-shot"} | fact | means | _unscaled(means))
+        rows.append(unset | {"variant": "zero-shot", "method": "zero-shot"} | fact | means | _unscaled(means))
     for fact in facts:
         if means := own.get(fact["adapter"]):
             about = {"variant": "alone", "method": "alone", "scale": 1.0, "rank": fact["own_rank"]}
             rows.append(about | fact | means | _unscaled(means))
-    frame = pd.DataFrame(rows).fillna({"control": "", "options": "{}", "limit": 0, "k": 0, "rank": 0})
+    frame = pd.DataFrame(rows).fillna(unset)
     frame["relative"] = (frame.accuracy / frame.own).where(frame.own >= floor)
     return frame.astype({"limit": int, "k": int, "rank": int})
 

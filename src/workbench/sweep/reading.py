@@ -50,6 +50,7 @@ from workbench.plain import show
 from workbench.pool import Pool
 from workbench.sweep.entries import entries, grid_of
 from workbench.sweep.fields import Loader, axis, check_names, listed, settings, text, told, whole
+from workbench.sweep.rates import Assumptions
 from workbench.sweep.spec import MULTITASK_BASELINES, Experiment, Multitask, Notebook, Run, Sweep
 
 __all__ = ["read", "sweep_of"]
@@ -89,6 +90,7 @@ def sweep_of(given: Mapping, name: str = "sweep") -> Sweep:
     check_names("", given, (*_TOP, *_VARIED) if varied else (*_TOP, *_WHERE, *_COMPARED, "blocks", "merges"))
     name = text("name", given.get("name", name))
     assumed = settings("estimate", given.get("estimate"))
+    Assumptions.of(assumed)
     about = {"results": text("results", given.get("results", f"runs/{name}")), "assumed": assumed}
     about["together"] = whole("together", given.get("together", 1), 1)
     runs = list(_notebooks(given) if varied else _experiments(given))
@@ -103,8 +105,12 @@ def _experiments(given: Mapping) -> Iterator[Run]:
     if not blocks and any(key in given for key in ("tasks", "recipes", "baselines")):
         yield from _block("", shared)
     for i, own in enumerate(blocks):
+        check_names(f"blocks[{i}].", own, ("name", *_WHERE, *_COMPARED))
+    for key in shared if blocks else ():
+        if key in _COMPARED and all(key in own for own in blocks):
+            raise WorkbenchError(f"{key} stands above the blocks, but each has its own, so it would not be used")
+    for i, own in enumerate(blocks):
         place = f"blocks[{i}]."
-        check_names(place, own, ("name", *_WHERE, *_COMPARED))
         yield from _block(place, shared | dict(own))
     for i, own in enumerate(listed("merges", given.get("merges", []), least=0)):
         place = f"merges[{i}]."

@@ -6,6 +6,7 @@ run_from(json.loads(json.dumps(sweep.runs[0].parameters))) == sweep.runs[0]
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -116,15 +117,19 @@ class Multitask:
         if self.method in methods():
             if methods()[self.method].needs:
                 raise WorkbenchError(f"{self.method} needs {methods()[self.method].needs}, which is not gathered here")
-            self._recipe()
+            self.variants()
         else:
             allowed = schedule_options(NEW_ADAPTER) if self.method == "new adapter" else {}
             if wrong := sorted(set(self.options) - set(allowed)):
                 raise WorkbenchError(f"{self.method} has no option {wrong[0]!r}{near(wrong[0], allowed)} here")
             Recipe(self.method, options=self.options)
 
-    def _recipe(self) -> Recipe:
-        return Recipe(self.method, options=self.options, tune=self.tune, control=self.control, k=self.count)
+    def variants(self) -> list[tuple[str, dict]]:
+        """The merges of which that of least validation loss stands: (method, options), one where nothing is tuned."""
+        recipe = Recipe(self.method, options=self.options, tune=self.tune, control=self.control, k=self.count)
+        names, values = [name for name, _ in recipe.tune], [values for _, values in recipe.tune]
+        tried = [dict(zip(names, one, strict=True)) for one in itertools.product(*values)]
+        return [(self.method, {**dict(recipe.options), **one}) for one in tried]
 
     @property
     def count(self) -> int:
