@@ -109,7 +109,7 @@ def test_diff(store, tmp_path):
     assert called("diff", store.folder, other.folder, "--tolerance", "1e-3").exit_code == 0
     result = called("diff", store.folder, other.folder)
     assert result.exit_code == 1
-    assert re.search(r"^abc1  differs  accuracy  0\.5   0\.5    0\.0001 ", result.stdout, re.MULTILINE)
+    assert re.search(r"^abc1  differs  accuracy  0\.5   0\.5001  0\.0001 ", result.stdout, re.MULTILINE)
     other.write(row("new"))
     result = called("diff", store.folder, other.folder)
     assert result.stdout.splitlines()[-1] == f"0 runs only in {store.folder}, 1 only in {other.folder}, 1 that differ"

@@ -1,6 +1,7 @@
 """Recipes and `compare`: rows against each part by hand, side by side against alone, what is stored and what is read."""
 
 import json
+import shlex
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from helpers import dense_model, random_adapter, six_adapters, solved_task, tiny
 from workbench import experiment, runs
 from workbench.adapt import ADAPTIVE, fit_many
 from workbench.adapt.fresh import NEW_ADAPTER, Plan, train_fresh
+from workbench.again import again
 from workbench.base import Base
 from workbench.compose import grouped
 from workbench.controls import random_like
@@ -24,7 +26,9 @@ from workbench.pool import Pool
 from workbench.results import Results
 from workbench.runs import SCALES, Case, run
 from workbench.select import rank_adapters
+from workbench.sweep import spec
 from workbench.tasks import Example
+from workbench.usage import device_name
 
 BASELINES = (Recipe("zero-shot"), Recipe("new adapter", steps=3, rank=2, batch=4))
 FAMILIES = [
@@ -450,8 +454,91 @@ def test_what_is_stored_is_read_and_not_run_again(base, pool, tasks, tmp_path, m
     same = more[more["task"] != "three"].reset_index(drop=True)
     pd.testing.assert_frame_equal(same, first, check_like=True)
     fresh = compare(base, pool, tasks[:2], recipes, baselines=BASELINES[:1])
-    differ = ["seconds"]
-    pd.testing.assert_frame_equal(fresh.drop(columns=differ), first.drop(columns=differ), check_dtype=False, check_like=True)  # fmt: skip
+    differ, added = ["seconds", "peak_memory"], ["schema", "written"]
+    assert set(first) - set(fresh) == set(added)
+    pd.testing.assert_frame_equal(fresh.drop(columns=differ), first.drop(columns=differ + added), check_dtype=False, check_like=True)  # fmt: skip
+
+
+def test_gathered_rows_are_not_run_again_and_the_folder_is_looked_at_once_a_recipe(
+    base, pool, tasks, tmp_path, monkeypatch
+):
+    settings = {"baselines": BASELINES[:1], "results": tmp_path / "runs"}
+    first = compare(base, pool, tasks[:2], [Recipe("average", k=2)], **settings)
+    for path in (tmp_path / "runs").iterdir():  # as before rows had schemas
+        old = pd.read_parquet(path).drop(columns=["schema", "written", "peak_memory", "device_name", "version"])
+        old.to_parquet(path.with_name(f"{path.name.partition('.')[0]}.parquet"), index=False)
+        path.unlink()
+    Results(tmp_path / "runs").compact()
+    looked, real = [], Results.keys
+    monkeypatch.setattr(Results, "keys", lambda self: looked.append(1) or real(self))
+    monkeypatch.setattr(experiment, "run", None)
+    second = compare(base, pool, tasks[:2], [Recipe("average", k=2)], **settings)
+    assert second["key"].tolist() == first["key"].tolist()
+    assert second["loss"].tolist() == first["loss"].tolist()
+    assert len(looked) == 3
+
+
+def test_what_a_row_says_of_its_cost_and_coefficients(base, pool, tasks, monkeypatch):
+    held = iter([5 << 20, 7 << 20])
+    monkeypatch.setattr(experiment, "Peak", lambda device: SimpleNamespace(rise=next(held), highest=-1))
+    recipe = Recipe("coefficients", k=3, steps=4, every=1, activation="squared", start="uniform")
+    table = compare(base, pool, tasks[:2], [recipe], baselines=BASELINES[:1], control="")
+    assert table["peak_memory"].tolist() == [5 << 20] * 2 + [7 << 20] * 2
+    assert table["side_by_side"].tolist() == [2] * 4
+    assert (
+        table["version"].tolist() == [runs.BASELINES["zero-shot"].version] * 2 + [ADAPTIVE["coefficients"].version] * 2
+    )
+    assert table["device_name"].tolist() == [device_name("cpu")] * 4
+    place = runs.Workplace(base, pool)
+    case = Case(tasks[0], 0)
+    train, validation = ([place.encoded(case, split)] for split in ("train", "validation"))
+    (fit,) = fit_many(
+        base, place.stacks(recipe, [case]), train, validation, "coefficients", seeds=[0], **dict(recipe.options)
+    )
+    row = table.iloc[2]
+    wanted = {"mean": fit.coefficients.mean(), "norm": fit.coefficients.norm(), "min": fit.coefficients.min(), "max": fit.coefficients.max(), "zeros": 0.0}  # fmt: skip
+    for name, value in wanted.items():
+        assert row[f"coefficient_{name}"] == pytest.approx(float(value), rel=1e-3, abs=1e-6), name
+    assert row["coefficient_min"] < row["coefficient_max"]
+    assert runs._summary(torch.tensor([[0.0, 2.0], [0.0, -4.0]])) == {
+        "coefficient_mean": -0.5,
+        "coefficient_norm": pytest.approx(20**0.5),
+        "coefficient_min": -4.0,
+        "coefficient_max": 2.0,
+        "coefficient_zeros": 0.5,
+    }
+
+
+def test_the_lines_that_run_a_row_again(base, pool, tasks, monkeypatch):
+    recipes = [
+        Recipe("coefficients", select="evaluation", k=3, skip=1, control="norm", steps=3, tune={"lr": [0.1, 0.2]}),
+        Recipe("lego", k=3, own=True, options={"k": 2}),
+        Recipe("new adapter", steps=2, rank=2, targets=("q_proj", "v_proj")),
+    ]
+    table = compare(base, pool, tasks[1:2], recipes, baselines=(), control="", seeds=[2])
+    sizes = {"seed": 2, "n_train": 6, "n_validation": 4, "n_test": 8, "folder": None}
+    monkeypatch.setattr(experiment, "load_task", lambda name, **given: tasks[1] if given == sizes else None)
+    for row in table.to_dict("records"):
+        names = {"base": base, "pool": pool}
+        exec(again({name: value for name, value in row.items() if not pd.isna(value)}), names)
+        (found,) = names["table"].to_dict("records")
+        assert {n: found[n] for n in ("key", "recipe", *SCORES)} == {n: row[n] for n in ("key", "recipe", *SCORES)}
+
+
+def test_what_else_is_run_again():
+    assert again({"key": "k", "accuracy": 0.5}) == again({"run": "no JSON", "task": "t"}) == ""
+    line = again({"run": json.dumps({"notebook": "notebooks/03_a.ipynb", "given": {"text": "it's"}})})
+    assert shlex.split(line) == ["papermill", "--cwd", "notebooks", "notebooks/03_a.ipynb", "runs/again.ipynb", "-y", '{"text": "it\'s"}']  # fmt: skip
+    hostile = again({"method": "ties", "task": "a'\nraise SystemExit #", "pool": "\nraise SystemExit", "seed": 0})
+    assert not any(line.startswith("raise") for line in hostile.splitlines())
+    wanted = spec.Experiment(
+        "nano", None, {"dtype": "float32"}, "nano/mirror-months", 3, 10, None, None, Recipe("ties", k=2)
+    )
+    row = {"method": "ties", "task": "nano/mirror-months", "seed": 3, "run": json.dumps(wanted.parameters)}
+    assert "\npool = wb.Pool.open('nano')\nbase = wb.Base.load(pool.base, dtype='float32')\n" in again(row)
+    names = {}
+    exec(again({**row, "run": json.dumps(replace(wanted, draw=1).parameters)}), names)
+    assert names["run"] == replace(wanted, draw=1)
 
 
 def re_count(line):

@@ -34,7 +34,7 @@ class Peak:
 
     Of a GPU, what PyTorch's allocator held. Of a processor, the process's resident set; its record is reset in
     /proc/self/clear_refs on Linux. Where that cannot be done, the process's peak since its start stands for both ends, so
-    that a rise below an earlier peak counts as 0. One at a time in a process: each new one resets the record.
+    that a rise below an earlier peak counts as 0 (`exact` is false). One at a time in a process: each new one resets the record.
     """
 
     def __init__(self, device: str | torch.device):
@@ -43,15 +43,15 @@ class Peak:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device)
         else:
-            self._reset = _reset()
-            self.before = _resident("VmRSS") if self._reset else _largest()
+            self.exact = _reset()
+            self.before = _resident("VmRSS") if self.exact else _largest()
 
     @property
     def highest(self) -> int:
         """Bytes held at most, with what was held before."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return _resident("VmHWM") if self._reset else _largest()
+        return _resident("VmHWM") if self.exact else _largest()
 
     @property
     def rise(self) -> int:

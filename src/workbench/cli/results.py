@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from workbench.cli.shared import AsJson, columns, failures, short, show
+from workbench.cli.shared import AsJson, columns, failures, show
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,7 +95,7 @@ def diff(
     if as_json:
         typer.echo(table.to_json(orient="records", indent=2))
     else:
-        shown = [*_lines(table), ""] if len(table) else []
+        shown = [*_lines(table, 10), ""] if len(table) else []
         counts = table["status"].value_counts()
         runs = table.loc[table["status"] == "differs", "key"].nunique()
         only = f"{counts.get('only here', 0)} runs only in {here}, {counts.get('only there', 0)} only in {there}"
@@ -128,18 +128,19 @@ def _open(folder: Path) -> Results:
     return Results(folder)
 
 
-def _lines(table: pd.DataFrame) -> list[str]:
+def _lines(table: pd.DataFrame, digits: int = 3) -> list[str]:
+    """A table's lines: numbers in so many digits, the first line of a text."""
+
+    def cell(name: str, value: object) -> str:
+        if value is None:
+            return ""
+        if name == "written":
+            return _time(value)
+        return f"{value:.{digits}g}" if isinstance(value, float) else str(value).partition("\n")[0]
+
     plain = table.astype(object).where(table.notna(), None)
-    return columns(list(table), ([_cell(name, row[name]) for name in table] for row in plain.to_dict("records")))
-
-
-def _cell(name: str, value: object) -> object:
-    """A value in a table: numbers in few digits, the first line of a text."""
-    if value is None:
-        return ""
-    if name == "written":
-        return _time(value)
-    return short(value) if isinstance(value, float) else str(value).partition("\n")[0]
+    rows = plain.itertuples(index=False, name=None)
+    return columns(list(table), (list(map(cell, table, row)) for row in rows))
 
 
 def _time(value: object) -> str:
