@@ -376,7 +376,13 @@ assert not [name for name in heavy if name in sys.modules], [name for name in he
 
 
 def test_help_and_completion_import_no_torch():
-    lines = [["--help"], *([name, "--help"] for name in ("methods", "merge", "adapt", "evaluate", "forge", "pool"))]
+    lines = [
+        ["--help"],
+        *(
+            [name, "--help"]
+            for name in ("methods", "merge", "adapt", "evaluate", "forge", "lab", "pool", "results", "notebooks")
+        ),
+    ]
     done = subprocess.run([sys.executable, "-c", LIGHT.format(lines=lines)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "workbench merge nano ties --rank 16 -o density=0.2 --out out/ties\n" in done.stdout

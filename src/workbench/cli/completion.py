@@ -1,7 +1,8 @@
 """What the shell offers for a name that is begun. It is asked for at every press of a key, so nothing here imports torch.
 
-Methods and selections are read from the source that registers them, in about 50 ms; bundled tasks and BIG-Bench Hard's come
-from modules that are light, adapters from the folders' names. Methods of one's own are not offered.
+Methods and selections are read from the source that registers them, in about 0.06 s; tasks come from modules that are light,
+in about 0.13 s; adapters from the folders' names. The program itself starts in about 0.2 s. Methods of one's own are not
+offered.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Trains the bundled laboratory: `python -m workbench.nano.forge --preset nano --out FOLDER` (one seeded command).
+"""Trains the bundled laboratory: `workbench forge --preset nano --out FOLDER` (one seeded command;
+`python -m workbench.nano.forge` is the same).
 
 The base first (named tasks and unnamed demonstrations, loss on answers), then every adapter of the pool at once over the
 stack. Writes base/, adapters/NAME/, forge.json (recipe, log, held-out accuracies).
@@ -294,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`workbench forge` with these arguments, by default the command line's."""
     from workbench.cli import app
 
-    app(["forge", *(sys.argv[1:] if argv is None else argv)], standalone_mode=argv is None)
+    app(["forge", *(sys.argv[1:] if argv is None else argv)], prog_name="workbench", standalone_mode=argv is None)
 
 
 if __name__ == "__main__":
