@@ -151,7 +151,7 @@ def test_earlier_runs_come_first():
     mine, other = run(ZERO_SHOT, seed=5), run(ZERO_SHOT, n_test=S + 1)
     rows = [(mine, 2.0, "cuda"), (mine, 4.0, "cuda"), (mine, 9.0, "cuda"), (mine, 50.0, "cpu"), (other, 70.0, "cuda")]
     earlier = pd.DataFrame(
-        {"parameters": json.dumps(one.parameters | {"seed": i}), "seconds": s, "device": device}
+        {"run": json.dumps(one.parameters | {"seed": i}), "seconds": s, "device": device}
         for i, (one, s, device) in enumerate(rows)
     )
     found = table(run(ZERO_SHOT), run(ZERO_SHOT, task="nano/first-days"), earlier=earlier)
@@ -161,12 +161,12 @@ def test_earlier_runs_come_first():
     assert found.source.tolist() == ["median of 3 earlier runs (cuda)"]
 
 
-def test_earlier_rows_without_parameters_and_of_notebooks():
+def test_earlier_rows_that_no_sweep_made_and_of_notebooks():
     old = pd.DataFrame({"recipe": ["zero-shot"] * 2, "n_train": [T, T + 1], "seconds": [3.0, 99.0], "device": "cuda"})
     assert table(run(ZERO_SHOT), earlier=old).seconds.tolist() == [3.0]
     book = Notebook("notebooks/03_x.ipynb", {"k": 1})
     told = json.dumps(Notebook("elsewhere/03_x.ipynb", {"k": 2}).parameters)
-    assert table(book, earlier=pd.DataFrame({"parameters": [told], "seconds": [8.0]})).seconds.tolist() == [8.0]
+    assert table(book, earlier=pd.DataFrame({"run": [told], "seconds": [8.0]})).seconds.tolist() == [8.0]
 
 
 def test_only_what_is_left():

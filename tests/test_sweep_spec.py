@@ -96,11 +96,13 @@ def test_merges(tmp_path):
         "pool: nano\nmerges: [{adapters: 3, seeds: [0, 1], variants: [zero-shot, {method: lego, grid: {k: [4, 8]}}]}]"
     )
     runs = loaded(tmp_path, text, "").runs
-    assert [(run.seed, run.method, dict(run.options), run.control) for run in runs[:5]] == [
+    assert [(run.seed, run.method, dict(run.options), run.control) for run in runs[:6]] == [
+        (0, "new adapter", {}, ""),  # beside every merge, unless it is told not to
         *((0, "zero-shot", {}, ""), (0, "lego", {"k": 4}, ""), (0, "lego", {"k": 4}, "sigma")),
         *((0, "lego", {"k": 8}, ""), (0, "lego", {"k": 8}, "sigma")),
     ]
-    assert len(runs) == 10
+    assert len(runs) == 12
+    assert len(loaded(tmp_path, text.replace("adapters: 3", "baselines: [], adapters: 3"), "").runs) == 10
 
 
 def test_notebook(tmp_path):

@@ -34,7 +34,7 @@ def estimate(
     """What each kind of run will cost: a recipe, merge or notebook on one number of training examples.
 
     Args:
-        earlier: stored rows. Of the same kind are those whose `parameters` differ in task and seed alone; where a row has
+        earlier: stored rows. Of the same kind are those whose `run` differs in task and seed alone; where a row has
             none, of the same `recipe` and `n_train`. The median of their `seconds` counts, of the device that most have.
         runs: those left to do (None: all of the sweep's).
         benchmark: what `workbench bench` found, or the folder with bench_SCALE_DEVICE.parquet; see `workbench.sweep.cost`
@@ -156,14 +156,14 @@ def _medians(earlier: pd.DataFrame | None) -> dict:
         return {}
     rows = earlier[earlier.seconds.notna()].copy()
     rows["device"] = rows.get("device", "")
-    told = rows["parameters"].map(_read) if "parameters" in rows else pd.Series(None, index=rows.index, dtype=object)
+    told = rows["run"].map(_read) if "run" in rows else pd.Series(None, index=rows.index, dtype=object)
     rows["kind"] = [
         _kind(one) if isinstance(one, dict) else (row.get("recipe"), row.get("n_train"))
         for one, row in zip(told, rows.to_dict("records"), strict=True)
     ]
     found = {}
     for kind, same in rows.groupby("kind", sort=False):
-        same = same.drop_duplicates("parameters") if isinstance(kind, str) else same  # a run may have several rows
+        same = same.drop_duplicates("run") if isinstance(kind, str) else same  # a run may have several rows
         device = same.device.fillna("").mode().iloc[0]
         own = same[same.device.fillna("") == device]
         about = f" ({device})" if device else ""
@@ -175,5 +175,5 @@ def _read(text) -> dict | None:
     try:
         found = json.loads(text) if isinstance(text, str) else None
     except ValueError as error:
-        raise WorkbenchError(f"a stored row's parameters are no JSON: {error}") from error
+        raise WorkbenchError(f"a stored row's run is no JSON: {error}") from error
     return found if isinstance(found, dict) else None

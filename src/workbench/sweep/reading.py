@@ -18,6 +18,7 @@
       - {name: relevance, n_train: 10, recipes: [{method: coefficients, grid: {skip: [5, 10]}}]}
     merges:                             # several tasks' adapters into one (`spec.Multitask`)
       - adapters: [reverse-letters, second-days]        # or how many are drawn; with `tasks` where not bundled
+        # beside them, unless variants or `baselines` say otherwise: zero-shot, and a new adapter for all tasks
         variants: [{method: lego, grid: {k: [4, 8]}}, {method: ties, tune: {density: [0.2, 1.0]}}]
     estimate: {scale: 8B, tokens: 700}  # see `workbench.sweep.estimate`
 
@@ -60,7 +61,7 @@ _WHERE = ("pool", "opening", "base", "load", "folder", "seeds", *_SIZES)
 _COMPARED = ("control", "baselines", "tasks", "draw", "recipes")
 _TOP = ("name", "results", "together", "estimate")
 _VARIED = ("notebook", "parameters", "grid", "list")
-_MERGED = ("name", *_WHERE, "adapters", "tasks", "variants", "control", "rank")
+_MERGED = ("name", *_WHERE, "adapters", "tasks", "variants", "control", "baselines", "rank")
 _BESIDE = ("zero-shot", "new adapter")
 
 
@@ -150,7 +151,10 @@ def _merges(place: str, given: Mapping) -> Iterator[Multitask]:
         raise WorkbenchError(f"{place}variants is missing: the methods that merge, each with its options")
     rank = given.get("rank")
     every = []
-    for at, (method, own) in entries(f"{place}variants", given["variants"], dict):
+    variants = list(entries(f"{place}variants", given["variants"], dict))
+    named = {method for _, (method, _) in variants}
+    beside = entries(f"{place}baselines", given.get("baselines", list(_BESIDE)), dict)
+    for at, (method, own) in (*(one for one in beside if one[1][0] not in named), *variants):
         every.append((at, method, own))
         if control and not own.get("control") and method not in MULTITASK_BASELINES:
             every.append((at, method, own | {"control": control}))
