@@ -97,9 +97,9 @@ def test_merges(tmp_path):
     )
     runs = loaded(tmp_path, text, "").runs
     assert [(run.seed, run.method, dict(run.options), run.control) for run in runs[:6]] == [
-        (0, "new adapter", {}, ""),  # beside every merge, unless it is told not to
         *((0, "zero-shot", {}, ""), (0, "lego", {"k": 4}, ""), (0, "lego", {"k": 4}, "sigma")),
         *((0, "lego", {"k": 8}, ""), (0, "lego", {"k": 8}, "sigma")),
+        (0, "new adapter", {}, ""),  # beside every merge, unless it is told not to
     ]
     assert len(runs) == 12
     assert len(loaded(tmp_path, text.replace("adapters: 3", "baselines: [], adapters: 3"), "").runs) == 10

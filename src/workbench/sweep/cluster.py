@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,13 +41,14 @@ def connected(workers: int | None = None, scheduler: str = "", *, patience: floa
     try:
         import dask
         from distributed import Client, Nanny, Scheduler, SpecCluster
+        from distributed.utils import silence_logging_cmgr
     except ImportError as error:
         raise WorkbenchError(
             "a sweep over several workers needs Dask: pip install 'workbench[cluster]'; or run it with --workers 0, one run after the other"
         ) from error
     spawned = dask.config.get("distributed.nanny.pre-spawn-environ", {}) | {"DASK_LOGGING__DISTRIBUTED": "critical"}
     ours = {"distributed.nanny.pre-spawn-environ": spawned, "distributed.scheduler.allowed-failures": 1}
-    with dask.config.set(ours | {"distributed.scheduler.work-stealing": False}):
+    with dask.config.set(ours | {"distributed.scheduler.work-stealing": False}), silence_logging_cmgr(logging.CRITICAL):
         if scheduler:
             try:
                 client = Client(scheduler, timeout=patience, set_as_default=False)
@@ -67,7 +69,7 @@ def connected(workers: int | None = None, scheduler: str = "", *, patience: floa
         }
         served = {"cls": Scheduler, "options": {"dashboard": False, "host": "127.0.0.1"}}
         with (
-            SpecCluster(workers=specs, scheduler=served, silence_logs=50) as cluster,
+            SpecCluster(workers=specs, scheduler=served, silence_logs=False) as cluster,
             Client(cluster, set_as_default=False) as client,
         ):
             client.wait_for_workers(len(specs), timeout=patience)

@@ -154,7 +154,7 @@ def _merges(place: str, given: Mapping) -> Iterator[Multitask]:
     variants = list(entries(f"{place}variants", given["variants"], dict))
     named = {method for _, (method, _) in variants}
     beside = entries(f"{place}baselines", given.get("baselines", list(_BESIDE)), dict)
-    for at, (method, own) in (*(one for one in beside if one[1][0] not in named), *variants):
+    for at, (method, own) in (*variants, *(one for one in beside if one[1][0] not in named)):
         every.append((at, method, own))
         if control and not own.get("control") and method not in MULTITASK_BASELINES:
             every.append((at, method, own | {"control": control}))
