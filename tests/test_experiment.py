@@ -3,6 +3,7 @@
 import json
 import shlex
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -525,7 +526,7 @@ def test_the_lines_that_run_a_row_again(base, pool, tasks, monkeypatch):
         assert {n: found[n] for n in ("key", "recipe", *SCORES)} == {n: row[n] for n in ("key", "recipe", *SCORES)}
 
 
-def test_what_else_is_run_again():
+def test_what_else_is_run_again(monkeypatch):
     assert again({"key": "k", "accuracy": 0.5}) == again({"run": "no JSON", "task": "t"}) == ""
     line = again({"run": json.dumps({"notebook": "notebooks/03_a.ipynb", "given": {"text": "it's"}})})
     assert shlex.split(line) == ["papermill", "--cwd", "notebooks", "notebooks/03_a.ipynb", "runs/again.ipynb", "-y", '{"text": "it\'s"}']  # fmt: skip
@@ -536,9 +537,10 @@ def test_what_else_is_run_again():
     )
     row = {"method": "ties", "task": "nano/mirror-months", "seed": 3, "run": json.dumps(wanted.parameters)}
     assert "\npool = wb.Pool.open('nano')\nbase = wb.Base.load(pool.base, dtype='float32')\n" in again(row)
-    names = {}
-    exec(again({**row, "run": json.dumps(replace(wanted, draw=1).parameters)}), names)
-    assert names["run"] == replace(wanted, draw=1)
+    ran = []
+    monkeypatch.setattr("workbench.sweep.work.carry_out", lambda runs, folder: ran.append((runs, folder)))
+    exec(again({**row, "run": json.dumps(replace(wanted, draw=1).parameters)}), {})
+    assert ran == [([replace(wanted, draw=1)], Path("runs/again"))]
 
 
 def re_count(line):

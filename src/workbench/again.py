@@ -21,7 +21,9 @@ def again(row: Mapping) -> str:
         path = str(run["notebook"])
         return shlex.join(["papermill", "--cwd", "notebooks", path, "runs/again.ipynb", "-y", given])
     if run and not _comparable(run):
-        return f"from workbench.sweep.spec import run_from\n\nrun = run_from({run!r})"
+        lines = ["from pathlib import Path", "", "from workbench.sweep.spec import run_from"]
+        lines += ["from workbench.sweep.work import carry_out", "", f"run = run_from({run!r})"]
+        return "\n".join([*lines, 'carry_out([run], Path("runs/again"))  # stores its row there'])
     if not all(isinstance(row.get(name), str) for name in ("method", "task")):
         return ""
     given = {name: row[name] for name in ("select", "control") if row.get(name)}

@@ -96,7 +96,8 @@ def steadily(folders: Sequence[Rows], work: Callable[..., T]) -> T:
         except (duckdb.Error, pyarrow.ArrowException, OSError) as error:
             listed = [f.folder / name for f, some in zip(folders, names, strict=True) for name in some]
             if time.monotonic() > end or all(map(os.path.lexists, listed)):
-                raise WorkbenchError(f"reading {folders[-1].folder}: {error}") from error
+                said = " ".join(str(error).partition("\n\nLINE ")[0].split())  # DuckDB's, without the SQL again
+                raise WorkbenchError(f"{folders[-1].folder}: {said}") from error
         time.sleep(pause)
         pause = min(2 * pause, 2.0)
 

@@ -29,7 +29,11 @@ FAILED = ("key", "label", "error", "written")
 def ls(
     folder: Folder,
     where: Annotated[
-        str, typer.Option(help="Only rows for which this SQL holds, such as \"method = 'ties' and seed < 3\".")
+        str,
+        typer.Option(
+            help="Only rows for which this SQL holds, such as \"method = 'ties' and seed < 3\"; a column that is called like "
+            "a word of SQL stands in double quotes: '\"select\" = ...'."
+        ),
     ] = "",
     chosen: Annotated[
         str, typer.Option("--columns", help="The columns, with commas between them; 'all' for all.")
@@ -74,7 +78,8 @@ def show_run(
         return
     text = facts.pop("traceback", "")
     width = max(map(len, facts))
-    show(f"{name.ljust(width)}  {_time(value) if name == 'written' else value}" for name, value in facts.items())
+    pairs = ((name, _time(value) if name == "written" else value) for name, value in facts.items())
+    show(f"{name.ljust(width)}  {value}".rstrip() for name, value in pairs)
     show(["", *text.splitlines()] if text else [])
     show(["", "To run it again:", "", *lines.splitlines()] if lines else [])
 
