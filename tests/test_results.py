@@ -518,6 +518,27 @@ def test_a_compaction_killed_at_any_step_loses_nothing(store):
     assert len(list(store.folder.glob("*.parquet"))) == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="an open file's name is read in /proc")
+def test_files_are_deleted_only_when_the_new_one_and_its_name_are_on_the_disk(store, monkeypatch):
+    store.write(row("a"))
+    order, sync, replace, unlink = [], os.fsync, os.replace, Path.unlink
+    named = {"runs": "folder", ".tmp": "temporary"}
+
+    def fsync(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        order.append(f"sync {named[path.suffix or path.name]}")
+        sync(descriptor)
+
+    monkeypatch.setattr(stored.os, "fsync", fsync)
+    monkeypatch.setattr(stored.os, "replace", lambda *paths: order.append("rename") or replace(*paths))
+    monkeypatch.setattr(
+        Path, "unlink", lambda self, **more: order.append(f"delete {self.name[:2]}") or unlink(self, **more)
+    )
+    store.compact()
+    assert order[:3] == ["sync temporary", "rename", "sync folder"]
+    assert order[-1] == "delete a."
+
+
 @pytest.mark.slow
 def test_compactions_killed_at_random_moments(store):
     draw, count = random.Random(0), 0
