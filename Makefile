@@ -6,6 +6,8 @@ STAMP := .venv/installed
 PY := .venv/bin/python
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile --durations 10
 NOTEBOOKS := $(PY) -m workbench.notebooks
+# Notebooks at once: two, where there are cores for it.
+AT_ONCE ?= $(shell test "$$(getconf _NPROCESSORS_ONLN)" -ge 2 && echo 2 || echo 1)
 
 # One thread a process: on models this small more threads cost more than they give, above all on a busy machine.
 export OMP_NUM_THREADS ?= 1
@@ -46,7 +48,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	$(NOTEBOOKS) run --to runs --out figures
+	$(NOTEBOOKS) run --jobs $(AT_ONCE) --to runs --out figures
 
 figures: $(STAMP)
 	.venv/bin/workbench figures $(if $(VENUE),--venue $(VENUE))
@@ -55,12 +57,12 @@ test: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PYTEST) -m 'not slow'
-	$(NOTEBOOKS) run --small
+	$(NOTEBOOKS) run --jobs $(AT_ONCE) --small
 	@$(MAKE) --no-print-directory nbval
 
 test-full: $(STAMP) browser
 	$(PYTEST) -m slow
-	$(NOTEBOOKS) run --parameterised
+	$(NOTEBOOKS) run --jobs $(AT_ONCE) --parameterised
 
 # A Chromium for the tests that drive the controls: the one that is there, the system's package, or playwright's own. Where
 # none can be had those tests are skipped and say so.

@@ -123,11 +123,18 @@ def test_parameterised_runs_are_numbered(tmp_path, capsys):
     path = write(
         tmp_path / "n" / "01_a.ipynb", "print(seed, out)", metadata={"workbench": {"runs": [{"seed": 5}, {"seed": 6}]}}
     )
-    assert main(["run", "--parameterised", "--folder", str(path.parent), "--to", str(tmp_path / "runs")]) == 0
+    to = ["--to", str(tmp_path / "runs")]
+    assert main(["run", "--parameterised", "--jobs", "2", "--folder", str(path.parent), *to]) == 0
     for i, seed in enumerate((5, 6)):
         printed = "".join(texts(tmp_path / "runs" / f"01_a-{i}.ipynb")).strip()
         assert printed == f"{seed} ../runs/figures/01_a-{i}"
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_jobs_must_be_one_or_more(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "--jobs", "0", "--folder", str(tmp_path)])
+    assert "--jobs is 0, expected 1 or more" in capsys.readouterr().err
 
 
 def test_a_cell_that_hangs_or_kills_its_kernel_is_a_failure(tmp_path, capsys):

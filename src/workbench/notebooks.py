@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
 from workbench.errors import ParameterError, WorkbenchError
+from workbench.jobs import each
 from workbench.parameters import NUMBERED, checked, described, literals
 from workbench.recording import record, recorded
 
@@ -37,7 +36,6 @@ __all__ = [
 CELL_TIMEOUT = 600
 KEPT_METADATA = ("kernelspec", "language_info", "workbench")
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def find(folder: str | Path = "notebooks", names: Iterable[str] = ()) -> list[Path]:
@@ -170,14 +168,16 @@ def run(
     mode: str = "defaults",
     given: Mapping[str, object] | None = None,
     timeout: int = CELL_TIMEOUT,
+    at_once: int = 1,
 ) -> dict[str, str]:
-    """Execute notebooks one after the other, with a line on each; a failure does not stop the others.
+    """Execute notebooks, with a line on each in their order; a failure does not stop the others.
 
     Args:
         to: folder of the executed copies; several runs of one notebook are numbered from 0.
         out: folder of the figures, given to each notebook as its parameter `out`; by default one for each under `to`.
         mode: `defaults`, `small` or `runs`, see `settings`.
         given: parameters that go before those; an `out` among them goes before the argument too.
+        at_once: how many run at the same time.
 
     Returns:
         Name of each failed run → the last line of its error.
@@ -194,7 +194,7 @@ def run(
             figures_from_there = os.path.relpath(figures, path.parent.resolve())
             values = validate(path, {"out": figures_from_there, **override, **(given or {})})
             jobs[name] = partial(execute, path, to / f"{name}.ipynb", values, timeout=timeout)
-    return _each(jobs)
+    return each(jobs, at_once, preload=["papermill"])
 
 
 def store(path: Path, *, timeout: int = CELL_TIMEOUT) -> None:
@@ -228,22 +228,6 @@ def store(path: Path, *, timeout: int = CELL_TIMEOUT) -> None:
     os.replace(fresh, path)
 
 
-def _each(jobs: dict[str, Callable[[], None]]) -> dict[str, str]:
-    """Call each job, printing its name, seconds and outcome; name → last line of the error of those that failed."""
-    failed = {}
-    for name, job in jobs.items():
-        print(f"{name} …", end=" ", flush=True)
-        start = time.perf_counter()
-        try:
-            job()
-        except Exception as error:
-            lines = [line.strip() for line in _COLOUR.sub("", str(error)).splitlines() if line.strip()]
-            failed[name] = lines[0 if isinstance(error, TimeoutError) else -1] if lines else type(error).__name__
-        outcome = f"failed: {failed[name]}" if name in failed else "ok"
-        print(f"{time.perf_counter() - start:.0f} s {outcome}", flush=True)
-    return failed
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command line; exit code 1 when a notebook failed, 2 when it could not be started."""
     parser = argparse.ArgumentParser(prog="python -m workbench.notebooks", description=__doc__.partition("\n")[0])
@@ -256,7 +240,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--to", type=Path, help="folder of the executed copies (default: a temporary one)")
     parser.add_argument("--out", type=Path, help="folder of the figures (default: one for each run under --to)")
     parser.add_argument("--timeout", type=int, default=CELL_TIMEOUT, help="seconds a cell may take")
+    parser.add_argument("--jobs", type=int, default=1, help="how many notebooks run at once (default: one)")
     given = parser.parse_args(arguments)
+    if given.jobs < 1:
+        parser.error(f"--jobs is {given.jobs}, expected 1 or more")
     try:
         paths = find(given.folder, given.names)
         if not paths:
@@ -267,11 +254,17 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{path}: {title_of(read(path))}")
             return 0
         if given.action == "store":
-            failed = _each({path.stem: partial(store, path, timeout=given.timeout) for path in paths})
+            jobs = {path.stem: partial(store, path, timeout=given.timeout) for path in paths}
+            failed = each(jobs, given.jobs, preload=["nbclient"])
         else:
             with tempfile.TemporaryDirectory() as temporary:
                 failed = run(
-                    paths, given.to or Path(temporary), given.out, mode=given.mode or "defaults", timeout=given.timeout
+                    paths,
+                    given.to or Path(temporary),
+                    given.out,
+                    mode=given.mode or "defaults",
+                    timeout=given.timeout,
+                    at_once=given.jobs,
                 )
     except WorkbenchError as error:
         print(error, file=sys.stderr)
