@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import threading
 from dataclasses import replace
@@ -239,6 +240,15 @@ def test_values_that_an_option_does_not_allow(base, stack, method, options, said
     with pytest.raises(MergeError, match=said) as caught:
         wb.adapt(base, stack, own_task(), method, **options)
     assert method in str(caught.value) or "π-tuning" in str(caught.value) or "expected above 0" in str(caught.value)
+
+
+def test_every_method_says_what_it_does_to_whoever_chooses_one():
+    """A sentence of its own, none that speaks of the fits side by side, which only code knows."""
+    told = [method.summary for method in ADAPTIVE.values()]
+    assert len(set(told)) == len(ADAPTIVE)
+    for text in told:
+        assert re.fullmatch(r"[A-Zπ].{40,118}\.", text)
+        assert not re.search(r"\bG\b|\bfits?\b|\bstacks?\b|`|\[[a-z]\]", text), text
 
 
 def test_options_of_every_method():

@@ -1,6 +1,7 @@
 """The merge bench: forms from signatures, a merge beside what must stand beside it, its code, and who has the base."""
 
 import ast
+import html
 import json
 import threading
 from dataclasses import replace
@@ -310,6 +311,12 @@ def test_intervals(base, pool, task, monkeypatch):
             gap = trial.table.accuracy[MERGE] - p
             assert row["difference"] == pytest.approx(gap)
             assert row["difference_low"] <= gap <= row["difference_high"]
+
+
+def test_a_fit_is_explained_by_its_summary(bench):
+    for name, one in ADAPTIVE.items():
+        bench.how.method.value = name
+        assert f">{html.escape(f'{one.summary} {one.paper}'.strip())}<" in bench.how._doc.value
 
 
 def test_every_method_that_the_bench_lists_gives_a_trial(base, pool, task):

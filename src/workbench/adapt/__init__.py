@@ -34,13 +34,16 @@ _NOT_OPTIONS = ("seeds", "names", "watch")
 
 @dataclass(frozen=True)
 class Method:
-    """An adaptive method: its function, version, default schedule (None: it takes none), paper; what it returns."""
+    """An adaptive method: its function, version, default schedule (None: it takes none), paper, what it does, in a sentence
+    for whoever chooses one; and what it returns.
+    """
 
     name: str
     function: Callable[..., list[Fitted]]
     version: int
     schedule: Schedule | None
     paper: str
+    summary: str
     validates: bool = True  # takes validation examples
     fixed: bool = False  # the stack stays as it is, and the coefficients alone make the adapter
     routes: bool = False  # it makes a routed model, which is no adapter
@@ -93,13 +96,68 @@ def checked(method: str, options: Mapping, known: Mapping[str, Option]) -> None:
 
 
 _METHODS = (
-    Method("coefficients", learn_coefficients, 1, COEFFICIENTS, "https://arxiv.org/abs/2602.12323", fixed=True),
-    Method("lorahub", lorahub, 2, None, "https://arxiv.org/abs/2307.13269", validates=False, fixed=True),
-    Method("adamerging", adamerging, 1, COEFFICIENTS, "https://arxiv.org/abs/2310.02575", fixed=True),
-    Method("pi_tuning", pi_tuning, 1, PI_TUNING, "https://arxiv.org/abs/2304.14381"),
-    Method("arrow", arrow, 1, ARROW, "https://arxiv.org/abs/2405.11157", routes=True),
-    Method("prior", prior, 1, PRIOR, ""),
-    Method("ridge", ridge, 1, None, "", fixed=True),
+    Method(
+        "coefficients",
+        learn_coefficients,
+        1,
+        COEFFICIENTS,
+        "https://arxiv.org/abs/2602.12323",
+        "Learns from the training examples how much each adapter counts in every module; the adapters stay as they are.",
+        fixed=True,
+    ),
+    Method(
+        "lorahub",
+        lorahub,
+        2,
+        None,
+        "https://arxiv.org/abs/2307.13269",
+        "LoraHub: searches one weight for each adapter, in [−1.5, 1.5], by trying candidates on the training examples.",
+        validates=False,
+        fixed=True,
+    ),
+    Method(
+        "adamerging",
+        adamerging,
+        1,
+        COEFFICIENTS,
+        "https://arxiv.org/abs/2310.02575",
+        "AdaMerging: learns a coefficient for each adapter and module, by the answers or by how sure the model is.",
+        fixed=True,
+    ),
+    Method(
+        "pi_tuning",
+        pi_tuning,
+        1,
+        PI_TUNING,
+        "https://arxiv.org/abs/2304.14381",
+        "π-Tuning: learns the adapters' weights, which sum to one, and trains the adapters themselves along with them.",
+    ),
+    Method(
+        "arrow",
+        arrow,
+        1,
+        ARROW,
+        "https://arxiv.org/abs/2405.11157",
+        "Arrow: every token chooses and weighs adapters by its own hidden states; the result is a routed model.",
+        routes=True,
+    ),
+    Method(
+        "prior",
+        prior,
+        1,
+        PRIOR,
+        "",
+        "Learns the merge's coefficients first, and then trains a new adapter on top of the merge.",
+    ),
+    Method(
+        "ridge",
+        ridge,
+        1,
+        None,
+        "",
+        "Solves for the coefficients in closed form, by ridge regression on the model linearised in them.",
+        fixed=True,
+    ),
 )
 ADAPTIVE: dict[str, Method] = {method.name: method for method in _METHODS}
 

@@ -142,7 +142,8 @@ class MethodChooser(ipywidgets.VBox):
         self.form = Form(record.options if name in ADAPTIVE else record.options | _RANK, self._typed)
         self.form.take(self._texts.get(name, {}))
         self._place.children = [self.form]
-        summary = (inspect.getdoc(record.function) or "").partition("\n")[0]
+        of_merge = (inspect.getdoc(record.function) or "").partition("\n")[0]
+        summary = record.summary if name in ADAPTIVE else of_merge
         self._doc.value = sentence(f"{summary} {record.paper}".strip(), role="note")
 
     def _typed(self) -> None:
