@@ -319,7 +319,10 @@ def relative(got: Tensor, want: Tensor) -> float:
 def generate(
     base: Base, prompts: Sequence[Sequence[int]], limit: int, model: nn.Module | None = None
 ) -> list[list[int]]:
-    """Greedy continuations by transformers' own `generate` under a neutral configuration, all stop ids; one at a time."""
+    """Greedy continuations by transformers' own `generate` under a neutral configuration, all stop ids; nothing padded.
+
+    Prompts of one length go together.
+    """
     from transformers import GenerationConfig
 
     model = model or base.model
@@ -330,13 +333,17 @@ def generate(
         pad_token_id=base.stop_ids[0],
         use_cache=True,
     )
+    alike, out = {}, [[]] * len(prompts)
+    for i, prompt in enumerate(prompts):
+        alike.setdefault(len(prompt), []).append(i)
     own, model.generation_config = model.generation_config, neutral
     try:
-        out = []
-        for prompt in prompts:
-            ids = torch.tensor([list(prompt)])
+        for length, places in alike.items():
+            ids = torch.tensor([list(prompts[i]) for i in places])
             done = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=neutral)
-            out.append(done[0, ids.shape[1] :].tolist())
+            for i, made in zip(places, done[:, length:].tolist(), strict=True):
+                end = next((at for at, token in enumerate(made) if token in base.stop_ids), limit)
+                out[i] = made[: end + 1]
     finally:
         model.generation_config = own
     return out

@@ -36,7 +36,7 @@ lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple
 openmdw-1.1 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license
 fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma unknown
 other"""  # those that the Hub accepts, as its own error message lists them
-KINDS = ("list", "info", "revision", "tree", "head", "get")
+KINDS = ("list", "info", "revision", "tree", "head", "get", "whole")  # whole: a GET, but not of a bounded range
 FAULTS = (
     "429",  # with Retry-After, of `after` seconds or at that date
     "416",  # the part asked for is beyond the end
@@ -300,6 +300,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _content(self, repo: str, name: str, headers: dict[str, str]) -> None:
         """A file's bytes, or a part of them, or what a fault makes of them."""
         fault = self.hub.fault(repo, "get" if self.command == "GET" else "head", name)
+        if self.command == "GET" and not re.fullmatch(r"bytes=\d+-\d+", self.headers.get("Range", "")):
+            fault = fault or self.hub.fault(repo, "whole", name)
         if self._fails(fault):
             return
         how, data = fault.how if fault else "", self.hub.files(repo)[name]

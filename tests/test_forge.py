@@ -196,29 +196,41 @@ def test_every_bundled_adapter_opens_with_plain_peft(base):
     same_as_peft(base, sorted(ADAPTERS.iterdir()))
 
 
+def test_the_command_line_hands_its_words_on(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(forging, "forge", lambda *given, **more: called.append((given, more)))
+    forging.main(["--preset", "nano", "--out", str(tmp_path), "--device", "cpu", "--workers", "3"])
+    assert called == [((PRESETS["nano"], tmp_path, "cpu"), {"workers": 3})]
+
+
 @bundled
 def test_bundled_match_is_what_generate_produces(base):
     """Four examples of every task; every third task under an adapter of the pool."""
     folders = sorted(ADAPTERS.iterdir())
+    specs = world.TARGETS + world.UPSTREAM
+    tasks = [world.make_task(spec, n_test=4) for spec in specs]
+    rows = [encode_task(base, task, task.test) for task in tasks]
+    made, adapters = {}, dict.fromkeys(range(len(specs)))
+    for i in range(0, len(specs), 3):
+        own = ADAPTERS / specs[i].slug
+        adapters[i] = Adapter.load(own if own.is_dir() else folders[i % len(folders)])
+        made[i] = produced(base, rows[i], tasks[i].max_new_tokens, adapters[i])
+    bare = [i for i, adapter in adapters.items() if adapter is None]
+    limit = max(tasks[i].max_new_tokens for i in bare)
+    at_once = iter(produced(base, [row for i in bare for row in rows[i]], limit))
+    made |= {i: [next(at_once)[: tasks[i].max_new_tokens] for _ in rows[i]] for i in bare}
     outcomes = []
-    for i, spec in enumerate(world.TARGETS + world.UPSTREAM):
-        task = world.make_task(spec, n_test=4)
-        adapter = None
-        if i % 3 == 0:
-            own = ADAPTERS / spec.slug
-            adapter = Adapter.load(own if own.is_dir() else folders[i % len(folders)])
-        rows = encode_task(base, task, task.test)
-        match = score(base, [rows], grouped([adapter]) if adapter else None).match[0].tolist()
-        made = produced(base, rows, task.max_new_tokens, adapter)
+    for i, task in enumerate(tasks):
+        match = score(base, [rows[i]], grouped([adapters[i]]) if adapters[i] else None).match[0].tolist()
         targets = [base.tokenizer(e.target, add_special_tokens=False)["input_ids"] for e in task.test]
-        want = [comes_out(base, ids, target, task.max_new_tokens) for ids, target in zip(made, targets, strict=True)]
-        assert match == want, spec.slug
+        want = [comes_out(base, ids, target, task.max_new_tokens) for ids, target in zip(made[i], targets, strict=True)]
+        assert match == want, specs[i].slug
         outcomes += want
     assert True in outcomes
     assert False in outcomes
 
 
-def produced(base, rows, limit, adapter):
+def produced(base, rows, limit, adapter=None):
     """What `generate` produces for each prompt, the adapter's ΔW added to the weights for the while."""
     layers = dict(base.model.named_modules())
     kept = {}

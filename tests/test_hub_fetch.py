@@ -420,8 +420,7 @@ def until(condition, seconds=60):
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_what_was_finished_when_it_was_interrupted_is_not_fetched_again(server, repos, cache, how):
     for name in NAMES[2:]:
-        server.fail(name, "get", "slow", name=WEIGHTS)  # which the screening has
-        server.fail(name, "get", "slow", name=WEIGHTS)  # and the fetching
+        server.fail(name, "whole", "slow", name=WEIGHTS)  # not the screening, which reads the header
     server.slowness = 1.0  # ten seconds for each
     process = started(server, cache)
 
