@@ -65,6 +65,7 @@ def serve(tmp_path: Path, root: Path) -> Iterator[str]:
     command += ["--ServerApp.port_retries=0", "--IdentityProvider.token=", "--ServerApp.password="]
     command += ["--ServerApp.disable_check_xsrf=True", f"--ServerApp.root_dir={root}"]
     command += ["--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly"]
+    own |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # as in a kernel that no test has started
     with open(tmp_path / "server.log", "w") as log:
         process = subprocess.Popen(
             command, env=os.environ | own, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -108,6 +109,7 @@ def run_all(page, url: str, notebook: str) -> None:
     """Open a notebook, run it, and wait until every cell has its number."""
     page.goto(f"{url}/lab/tree/{notebook}?reset")
     page.wait_for_function("/\\| Idle/.test(document.querySelector('#jp-main-statusbar')?.innerText)")
+    page.locator(".jp-CodeCell").first.wait_for()
     page.locator("#jp-MainMenu li.lm-MenuBar-item:has-text('Run')").click()
     page.locator("li.lm-Menu-item[data-command='runmenu:run-all']").click()
     numbered = (

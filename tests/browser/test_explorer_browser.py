@@ -191,6 +191,8 @@ def test_a_thousand_rows(server, page):
     many.scroll_into_view_if_needed()
     table = many.locator(".workbench-table")
     expect(table).to_contain_text("1 to 10 of 1,030")
+    body = table.locator(".dt-scroll-body")
+    assert body.evaluate("(body) => body.scrollWidth <= body.clientWidth")  # beside the file browser, in 1280 pixels
     node = table.element_handle()
     times = {act: page.evaluate(TIMED, [node, act]) for act in ("sort", "author 3", "adapter-07")}
     print({act: f"{taken:.0f} ms" for act, taken in times.items()})

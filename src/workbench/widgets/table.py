@@ -147,7 +147,8 @@ def grid(frame: pd.DataFrame, numbers: list[str], *, order: tuple[str, str] = ("
         order=first if first[0] == [0, "asc"] else [*first, [0, "asc"]],
         select={"style": "multi+shift", "keys": "true"},
         layout={"topStart": {"buttons": buttons}, "topEnd": "search", "bottomStart": "info", "bottomEnd": "paging"},
-        columnControl=["searchDropdown"],  # of one column, by its kind: a number above, a text that begins with
+        # Of one column, by its kind (a number above, a text that begins with), in a row of its own, or columns are wider.
+        columnControl={"target": 1, "content": ["searchDropdown"]},
         language={"search": "Filter:", "info": "_START_ to _END_ of _TOTAL_", "infoFiltered": "(of _MAX_)"},
         pageLength=rows,
         scrollX=True,
