@@ -15,15 +15,13 @@ from workbench.results import provenance
 __all__ = ["connected", "default_workers"]
 
 PRELOAD = "workbench.sweep.preload"
+STARTING = 600.0  # seconds that local workers may take to start, on a machine that is busy with other things
 
 
 def default_workers() -> int:
     """One worker a GPU; without a GPU one a core that this process may use."""
-    return (
-        torch.cuda.device_count() or len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count()
-    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return torch.cuda.device_count() or cores or 1
 
 
 @contextmanager
@@ -67,12 +65,15 @@ def connected(workers: int | None = None, scheduler: str = "", *, patience: floa
             i: {"cls": Nanny, "options": options | ({"env": {"CUDA_VISIBLE_DEVICES": names[i % gpus]}} if gpus else {})}
             for i in range(workers or default_workers())
         }
-        served = {"cls": Scheduler, "options": {"dashboard": False, "host": "127.0.0.1"}}
+        served = {
+            "cls": Scheduler,
+            "options": {"dashboard": False, "dashboard_address": "127.0.0.1:0", "host": "127.0.0.1"},
+        }
         with (
             SpecCluster(workers=specs, scheduler=served, silence_logs=False) as cluster,
             Client(cluster, set_as_default=False) as client,
         ):
-            client.wait_for_workers(len(specs), timeout=patience)
+            client.wait_for_workers(len(specs), timeout=STARTING)
             yield client
 
 
