@@ -1,6 +1,7 @@
 """Figures carry their data and their caption, leave no global state behind, and show what the table says."""
 
 import json
+from itertools import pairwise
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -53,6 +54,21 @@ def test_curves_bars_heatmap_and_units_show_the_table():
     assert image.get_array().tolist() == [[0.0, 1.0], [0.5, -1.0]]
     flat = pd.DataFrame({"x": range(4), "y": range(4), "norm": 1.0, "operation": ["sort", "sort", "first", "last"]})
     assert len(plots.units(axes[1, 1], flat, by="operation", most=2)) == 3  # two operations, and the rest in grey
+
+
+def test_labels_of_a_logarithmic_axis_are_not_drawn_over_one_another():
+    """Upright in a narrow panel 256 would lie on 342, the largest, which stays; its tick stays too."""
+    ks = [1, 4, 16, 64, 256, 342]
+    fig, axes = plots.figure(1, 4)
+    for ax, width in ((axes[0], "narrow"), (plots.figure(1, 1)[1], "wide")):
+        plots.curves(ax, pd.DataFrame({"k": ks, "mean": 0.5, "who": "a"}), x="k", series="who", log=True)
+        ax.tick_params(axis="x", rotation=90)
+        labels = [text.get_text() for text in ax.get_xticklabels()]
+        assert labels == ["1", "4", "16", "64", "" if width == "narrow" else "256", "342"]
+        assert ax.get_xticks().tolist() == ks
+    fig.canvas.draw()
+    boxes = [text.get_window_extent() for text in axes[0].get_xticklabels() if text.get_text()]
+    assert all(one.x1 <= other.x0 for one, other in pairwise(boxes))
 
 
 REPORT = pd.DataFrame(

@@ -142,7 +142,7 @@ def asked():
     runs = [block for block in README if block.language == "bash" and not block.only_parsed]
     every = [command for block in runs for command in commands(block.text)]
     slow = [command for command in every if command.startswith("papermill")][:-1]
-    slow += [command for command in every if "workbench.nano.forge" in command]
+    slow += [command for command in every if command.startswith("workbench forge")]
     return [pytest.param(one, marks=[pytest.mark.slow] * (one in slow)) for one in every]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from workbench.plots.sheet import style
 __all__ = ["bars", "curves", "forest", "heatmap", "importance", "intervals", "units"]
 
 _MARKERS = "osD^vP*X"
+_LABEL = 9  # points along an axis that a label standing upright takes
 
 
 def bars(ax: Axes, counts: pd.Series, *, label: str = ""):
@@ -81,10 +83,20 @@ def curves(ax: Axes, table: pd.DataFrame, *, x: str, series: str, label: str = "
         if log:
             ax.set_xscale("log", base=2)
             ticks = sorted(table[x].unique())
-            ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            ax.set_xticks(ticks, _spaced(ticks, ax.bbox.width / ax.figure.dpi * 72 / _LABEL))
             ax.minorticks_off()
         ax.set(xlabel=x, ylabel=label)
     return out
+
+
+def _spaced(ticks: Sequence[float], room: float) -> list[str]:
+    """Labels of a logarithmic axis on which `room` of them fit; "" where a larger one is too close to have both read."""
+    labels, above = [], math.inf
+    for tick in reversed(ticks):
+        close = ticks[0] > 0 and math.log(above / tick) * room < math.log(ticks[-1] / ticks[0])
+        labels.append("" if close else f"{tick:g}")
+        above = above if close else tick
+    return labels[::-1]
 
 
 def forest(
