@@ -53,7 +53,10 @@ class There:
             return []
 
     def give(self, worker: str, work, *arguments) -> None:
-        future = self.client.submit(work, *arguments, workers=[worker], allow_other_workers=True, pure=False)
+        try:
+            future = self.client.submit(work, *arguments, workers=[worker], allow_other_workers=True, pure=False)
+        except OSError as error:
+            raise WorkbenchError(self._gone()) from error
         self._futures[worker] = future
         future.add_done_callback(lambda future, worker=worker: self._done.put((worker, future)))
 
@@ -66,7 +69,14 @@ class There:
         if future.status in ("cancelled", "lost"):
             raise WorkbenchError(self._gone())
         del self._futures[worker]
-        yield worker, future.result() if future.status == "finished" else future.exception()
+        try:
+            error = future.exception()
+            found = future.result() if error is None else error
+        except OSError as lost:
+            error = lost
+        if isinstance(error, OSError):  # of the connection: what a run raises is told in its outcome
+            raise WorkbenchError(self._gone()) from error
+        yield worker, found
 
     def _look_out(self) -> None:
         if self.client.status == "running":

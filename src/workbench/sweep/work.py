@@ -6,7 +6,7 @@ import errno
 import json
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +28,7 @@ from workbench.sweep.spec import Experiment, Multitask, Notebook, Run
 __all__ = ["BUSY", "FAILED", "RAN", "STORED", "Outcome", "carry_out", "failure", "identity", "look"]
 
 RAN, STORED, FAILED, BUSY, MISSING = "ran", "stored", "failed", "busy", "missing"
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def look(runs: Sequence[Run], folder: Path) -> list[Outcome]:
         try:
             outcomes.append(Outcome(STORED if keys.issuperset(_keys(run)) else MISSING))
         except _Unable as error:
-            return [Outcome(FAILED, error=str(error), fatal=True)] * len(runs)
+            return [_fatal(error)] * len(runs)
         except Exception:  # said when it is run
             outcomes.append(Outcome(MISSING))
     return outcomes
@@ -66,16 +66,17 @@ def carry_out(runs: Sequence[Run], folder: Path, threads: int = 1) -> list[Outco
     fails, each runs alone.
     """
     torch.set_num_threads(threads)
-    store, claims, start = Results(folder), _claims(folder), time.perf_counter()
+    store, start = Results(folder), time.perf_counter()
     outcomes: dict[int, Outcome] = {}
     try:
         keys = [_keys(run) for run in runs]
     except _Unable as error:
-        return [Outcome(FAILED, error=str(error), fatal=True)] * len(runs)
+        return [_fatal(error)] * len(runs)
     except Exception as error:
         return _each(runs, folder, threads) if len(runs) > 1 else [_failed(store, runs[0], error)]
-    taken = [key for key in dict.fromkeys(own[0] for own in keys) if claims.take(key)]
+    claims, taken = _claims(folder), []
     try:
+        taken += (key for key in dict.fromkeys(own[0] for own in keys) if _writing(store, claims.take, key))
         known = store.keys()
         for i, own in enumerate(keys):
             if known.issuperset(own):
@@ -83,45 +84,54 @@ def carry_out(runs: Sequence[Run], folder: Path, threads: int = 1) -> list[Outco
             elif own[0] not in taken:
                 outcomes[i] = Outcome(BUSY)
         todo = [i for i in range(len(runs)) if i not in outcomes]
-        if todo:
-            try:
-                rows = _rows([runs[i] for i in todo], [keys[i] for i in todo], folder)
-                for row in rows:
-                    store.write(row)
-            except Exception as error:
-                if len(todo) > 1 and not _unwritable(error):
-                    for i in todo:
-                        claims.release(keys[i][0])
-                    outcomes |= zip(todo, _each([runs[i] for i in todo], folder, threads), strict=True)
-                else:
-                    outcomes |= {i: _failed(store, runs[i], error) for i in todo}
-            else:
-                spent = (time.perf_counter() - start) / len(todo)
-                outcomes |= {i: Outcome(RAN, spent) for i in todo}
+        for row in _rows([runs[i] for i in todo], [keys[i] for i in todo], folder) if todo else ():
+            _writing(store, store.write, row)
+        spent = (time.perf_counter() - start) / max(1, len(todo))
+        outcomes |= {i: Outcome(RAN, spent) for i in todo}
+    except _Unable as error:
+        return [_fatal(error)] * len(runs)
+    except Exception as error:
+        todo = [i for i in range(len(runs)) if i not in outcomes]
+        if len(todo) == 1:
+            outcomes[todo[0]] = _failed(store, runs[todo[0]], error)
     finally:
         for key in taken:
             claims.release(key)
+    if alone := [i for i in range(len(runs)) if i not in outcomes]:
+        outcomes |= zip(alone, _each([runs[i] for i in alone], folder, threads), strict=True)
     return [outcomes[i] for i in range(len(runs))]
 
 
 class _Unable(WorkbenchError):
-    """The pool or the base of a run cannot be opened, so that of others cannot either."""
+    """No other run can do better: the pool or the base cannot be opened, or results cannot be written."""
+
+
+def _fatal(error: Exception) -> Outcome:
+    return Outcome(FAILED, error=str(error), fatal=True)
+
+
+def _writing(store: Results, write: Callable, what):
+    """What `write` returns of something to be kept in the results' folder."""
+    try:
+        return write(what)
+    except OSError as error:
+        raise _Unable(f"results cannot be written to {store.folder}: {error}") from error
 
 
 def _each(runs: Sequence, folder: Path, threads: int) -> list[Outcome]:
     return [carry_out([run], folder, threads)[0] for run in runs]
 
 
-def _failed(store: Results, run, error: Exception) -> Outcome:
+def _failed(store: Results, run: Run, error: Exception) -> Outcome:
     text = str(error).strip() or type(error).__name__
     line = next(filter(None, map(str.strip, reversed(text.splitlines()))), text)
-    if _unwritable(error):
-        return Outcome(FAILED, error=f"results cannot be written to {store.folder}: {line}", fatal=True)
-    whole = "".join(traceback.format_exception(error))
     try:
-        store.fail(identity(run), failure(run, line, whole))
-    except OSError as why:
-        return Outcome(FAILED, error=f"results cannot be written to {store.folder}: {why}", fatal=True)
+        if _full(error):
+            raise _Unable(f"results cannot be written to {store.folder}: {line}")
+        facts = failure(run, line, "".join(traceback.format_exception(error)))
+        _writing(store, lambda facts: store.fail(identity(run), facts), facts)
+    except _Unable as unable:
+        return _fatal(unable)
     return Outcome(FAILED, error=line)
 
 
@@ -130,7 +140,7 @@ def failure(run: Run, line: str, whole: str = "") -> dict:
     return {"label": run.label, "error": line, "traceback": whole} | _said(run)
 
 
-def _unwritable(error: BaseException | None) -> bool:
+def _full(error: BaseException | None) -> bool:
     """Whether the error, or one that it came from, says that the disk takes no more."""
     seen = set()
     while error is not None and id(error) not in seen:
