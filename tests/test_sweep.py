@@ -338,7 +338,9 @@ def test_merges_for_several_tasks(tmp_path):
     sizes = {"n_train": 4, "n_validation": 3, "n_test": 5}
     names = ["rotate-right-animals", "second-animals-commas"]
     given = {"name": "merges", "results": str(tmp_path), "pool": "nano", "seeds": [0], **sizes}
-    given["merges"] = [{"adapters": names, "baselines": [], "variants": [{"method": "average"}, {"method": "zero-shot"}]}]
+    given["merges"] = [
+        {"adapters": names, "baselines": [], "variants": [{"method": "average"}, {"method": "zero-shot"}]}
+    ]
     sweep = sweep_of(given)
     report = run(sweep, workers=0)
     assert (report.ran, report.failed) == (3, 0), report.errors

@@ -31,13 +31,14 @@ def main() -> None:
             "nano/ends-months",
         ],
         "seeds": list(range(5)),
-        "n_train": 10,
-        "n_test": 50,
+        "n_train": 5,
+        "n_validation": 5,
+        "n_test": 20,
         "baselines": ["zero-shot", {"method": "new adapter", "steps": 20}],
         "recipes": [
-            {"method": "coefficients", "select": "evaluation", "k": 5, "steps": 10},
+            {"method": "coefficients", "select": "evaluation", "k": 5, "steps": 5},
             {"method": "ties", "select": "random", "k": 5},
-            {"method": "lorahub", "k": 5, "budget": 20},
+            {"method": "lorahub", "k": 5, "budget": 10},
         ],
     }
     with tempfile.TemporaryDirectory() as temporary:
