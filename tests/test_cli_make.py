@@ -349,7 +349,8 @@ def test_the_shell_completes_names(tmp_path, monkeypatch):
     assert completed("workbench merge nano kn", 3) == ["knots_ties", "knots_dare"]
     assert sorted(completed("workbench adapt nano t ", 4)) == sorted(ADAPTIVE)
     assert completed("workbench adapt nano nano/rotate-right-mon", 3) == [TASK]
-    assert sorted(completed("workbench merge nano ties --select ", 5)) == sorted(SELECTIONS)
+    built_in = [name for name in SELECTIONS if not name.startswith("dial ")]  # which the laboratory adds, once imported
+    assert sorted(completed("workbench merge nano ties --select ", 5)) == sorted(built_in)
     assert completed("workbench merge nano ties --names second-digits,sort-an", 5) == [
         "second-digits,sort-animals-quotes"
     ]

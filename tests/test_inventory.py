@@ -215,7 +215,7 @@ def test_an_interrupted_write_leaves_the_old_file(path, monkeypatch):
     def cut(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("workbench.results.os.replace", cut)
+    monkeypatch.setattr("workbench.stored.os.replace", cut)
     with pytest.raises(KeyboardInterrupt):
         kept.add([(BAD, "r")])
     assert path.read_bytes() == before
