@@ -44,7 +44,11 @@ def connected(workers: int | None = None, scheduler: str = "", *, patience: floa
         raise WorkbenchError(
             "a sweep over several workers needs Dask: pip install 'workbench[cluster]'; or run it with --workers 0, one run after the other"
         ) from error
-    quiet = {"DASK_LOGGING__DISTRIBUTED": "critical", "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False"}
+    quiet = {
+        "DASK_LOGGING__DISTRIBUTED": "critical",
+        "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",  # it samples the computing thread a hundred times a second
+        "DASK_DISTRIBUTED__ADMIN__TICK__INTERVAL": "1s",
+    }
     spawned = dask.config.get("distributed.nanny.pre-spawn-environ", {}) | quiet
     ours = {"distributed.nanny.pre-spawn-environ": spawned, "distributed.scheduler.allowed-failures": 1}
     with dask.config.set(ours | {"distributed.scheduler.work-stealing": False}), silence_logging_cmgr(logging.CRITICAL):
