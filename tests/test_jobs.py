@@ -77,7 +77,10 @@ def test_a_job_that_ends_its_process_is_a_failure():
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
 def test_no_process_outlives_the_one_that_was_ended(tmp_path, how):
     """Killed alone, or interrupted with all its processes as a terminal does; what waited never starts."""
-    script = "from workbench.jobs import each; import test_jobs\neach({str(i): test_jobs.Stay(i) for i in range(4)}, 2)"
+    script = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
+        "from workbench.jobs import each; import test_jobs\neach({str(i): test_jobs.Stay(i) for i in range(4)}, 2)"
+    )
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
         [sys.executable, "-c", script],
