@@ -63,16 +63,19 @@ def sweep(
         if dry_run or estimate:
             _told(asked, results or asked.results, earlier or [], benchmark, estimate, as_json)
             return
-        report = run(
-            asked,
-            results=results,
-            workers=workers,
-            scheduler=scheduler,
-            retry_failed=retry_failed,
-            threads=threads,
-            watch=True,
-            say=lambda line: show([line], err=True),
-        )
+        try:
+            report = run(
+                asked,
+                results=results,
+                workers=workers,
+                scheduler=scheduler,
+                retry_failed=retry_failed,
+                threads=threads,
+                watch=True,
+                say=lambda line: show([line], err=True),
+            )
+        except KeyboardInterrupt as error:  # a second one: at once
+            raise typer.Exit(130) from error
     if as_json:
         typer.echo(json.dumps(asdict(report), indent=2))
     else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from workbench.errors import WorkbenchError
 from workbench.results import Results
 from workbench.sweep.hands import hands
 from workbench.sweep.spec import Experiment, Run, Sweep
-from workbench.sweep.work import BUSY, FAILED, RAN, STORED, Outcome, carry_out, failure, identity, look
+from workbench.sweep.work import BUSY, FAILED, MISSING, STORED, Outcome, carry_out, failure, identity, look
 
 __all__ = ["Report", "run"]
 
@@ -199,10 +199,9 @@ class _Dispatch:
                 self.say(f"failed: {one.label}: {outcome.error}")
 
     def _count(self, status: str, number: int = 1) -> None:
-        name = {RAN: "ran", STORED: "stored", FAILED: "failed"}[status]
-        setattr(self.report, name, getattr(self.report, name) + number)
-        counts = Counter(stored=self.report.stored, failed=self.report.failed)
-        self.bar.set_postfix_str(", ".join(f"{count} {name}" for name, count in counts.items() if count), refresh=False)
+        setattr(self.report, status, getattr(self.report, status) + number)  # both name it alike
+        counts = [f"{count} {name}" for name in (STORED, FAILED) if (count := getattr(self.report, name))]
+        self.bar.set_postfix_str(", ".join(counts), refresh=False)
         if status == STORED:  # took no time, so the time left is reckoned without it
             self.bar.total -= number
             self.bar.refresh()
@@ -212,7 +211,7 @@ class _Dispatch:
     def _died(self, work, runs: tuple[Run, ...], error: BaseException) -> list[Outcome]:
         """Outcomes of runs whose worker died under them, more than once."""
         if work is look:
-            return [Outcome("missing")] * len(runs)
+            return [Outcome(MISSING)] * len(runs)
         killed = type(error).__name__ == "KilledWorker"
         line = (
             "the workers that ran it died, one after the other; killed, perhaps for want of memory"

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from workbench.adapt.fresh import NEW_ADAPTER
 from workbench.base import Base
+from workbench.baselines import BASELINES
 from workbench.experiment import MOST_TESTED
 from workbench.merge import methods
 from workbench.multitask import multitask
@@ -16,6 +17,7 @@ from workbench.results import provenance, run_key
 from workbench.select import choose
 from workbench.sweep.spec import Multitask
 from workbench.tasks import Task, load, upstream
+from workbench.usage import device_name
 
 __all__ = ["keys_of", "members", "rows_of"]
 
@@ -85,6 +87,8 @@ def rows_of(base: Base, pool: Pool, run: Multitask) -> list[dict]:
         "base": base.digest,
         "dtype": str(base.dtype).removeprefix("torch."),
         "device": base.device.type,
+        "device_name": device_name(base.device),
+        "version": _version(run),
         **provenance(),
     }
     return [
@@ -93,10 +97,14 @@ def rows_of(base: Base, pool: Pool, run: Multitask) -> list[dict]:
     ]
 
 
+def _version(run: Multitask) -> int:
+    return {**BASELINES, **methods()}[run.method].version
+
+
 def _keys(base: Base, pool: Pool, run: Multitask, tasks: Mapping[str, Task]) -> list[str]:
     named = ("method", "seed", "n_train", "n_validation", "n_test", "options", "tune", "control", "rank")
     facts = {name: run.parameters[name] for name in named}
     facts |= {"adapters": list(tasks), "tasks": [task.digest() for task in tasks.values()]}
-    facts |= {"version": methods()[run.method].version if run.method in methods() else 1}
+    facts |= {"version": _version(run)}
     facts |= {"pool": pool.digest, "base": base.digest, "dtype": str(base.dtype), "device": base.device.type}
     return [run_key(facts | {"member": name}) for name in tasks]

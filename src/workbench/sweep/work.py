@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from workbench.sweep.notebook import notebook_key, notebook_row
 from workbench.sweep.settings import Settings
 from workbench.sweep.spec import Experiment, Multitask, Notebook, Run
 
-__all__ = ["BUSY", "FAILED", "RAN", "STORED", "Outcome", "carry_out", "failure", "identity", "look"]
+__all__ = ["BUSY", "FAILED", "MISSING", "RAN", "STORED", "Outcome", "carry_out", "failure", "identity", "look"]
 
 RAN, STORED, FAILED, BUSY, MISSING = "ran", "stored", "failed", "busy", "missing"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -35,12 +34,11 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 class Outcome:
     """What became of a run: ran, stored (before, or by another), failed, busy (another holds it), or missing (yet to run).
 
-    seconds: its wall time; error: the last line of what failed. `fatal` says that no other run can do better: results
-    cannot be written, or the pool or the base cannot be opened.
+    error: the last line of what failed. `fatal` says that no other run can do better: results cannot be written, or the pool
+    or the base cannot be opened.
     """
 
     status: str
-    seconds: float = 0.0
     error: str = ""
     fatal: bool = False
 
@@ -66,7 +64,7 @@ def carry_out(runs: Sequence[Run], folder: Path, threads: int = 1) -> list[Outco
     fails, each runs alone.
     """
     torch.set_num_threads(threads)
-    store, start = Results(folder), time.perf_counter()
+    store = Results(folder)
     outcomes: dict[int, Outcome] = {}
     try:
         keys = [_keys(run) for run in runs]
@@ -86,8 +84,7 @@ def carry_out(runs: Sequence[Run], folder: Path, threads: int = 1) -> list[Outco
         todo = [i for i in range(len(runs)) if i not in outcomes]
         for row in _rows([runs[i] for i in todo], [keys[i] for i in todo], folder) if todo else ():
             _writing(store, store.write, row)
-        spent = (time.perf_counter() - start) / max(1, len(todo))
-        outcomes |= {i: Outcome(RAN, spent) for i in todo}
+        outcomes |= {i: Outcome(RAN) for i in todo}
     except _Unable as error:
         return [_fatal(error)] * len(runs)
     except Exception as error:
