@@ -170,6 +170,48 @@ def test_a_killed_scheduler_loses_nothing(file):
     complete(file)
 
 
+def test_a_scheduler_that_goes_before_a_result_is_fetched(file):
+    """Whichever way Dask puts it: the worker has ended, and what it returned can no longer be asked for."""
+    from workbench.errors import WorkbenchError
+    from workbench.sweep.cluster import connected
+    from workbench.sweep.hands import There
+
+    with cluster(free_port()) as (address, scheduler), connected(scheduler=address) as client:
+        hands = There(client, address)
+        worker = hands.idle(set())[0]
+        hands.give(worker, sum, [1, 2])
+        assert until(hands.finished) == [(worker, 3)]
+        hands.give(worker, sum, [1, 2])
+        ended = hands._done.get(timeout=PATIENCE)
+        scheduler.kill()
+        scheduler.wait()
+        hands._done.put(ended)
+        with pytest.raises(WorkbenchError, match="is gone; what has finished is stored"):
+            list(hands.finished(1.0))
+        assert hands.idle(set()) == []
+        client.close()
+        with pytest.raises(WorkbenchError, match="is gone; what has finished is stored"):
+            hands.give(worker, sum, [1, 2])
+
+
+def until(finished):
+    end = time.monotonic() + PATIENCE
+    while not (found := list(finished(1.0))):
+        assert time.monotonic() < end, "nothing ended"
+    return found
+
+
+def test_workers_do_nothing_beside_the_runs():
+    """Dask's own profiler and clock would cost them a quarter of their time."""
+    from workbench.sweep.cluster import connected
+
+    with connected(workers=1) as client:
+        beats = client.run(lambda dask_worker: {n: c.callback_time for n, c in dask_worker.periodic_callbacks.items()})
+    (beats,) = beats.values()
+    assert "profile" not in beats
+    assert min(beats.values()) >= 500  # milliseconds
+
+
 def test_nobody_at_the_scheduler_s_address(file):
     address = f"tcp://127.0.0.1:{free_port()}"
     from workbench.errors import WorkbenchError

@@ -15,6 +15,12 @@ from workbench.results import provenance
 __all__ = ["connected", "default_workers"]
 
 PRELOAD = "workbench.sweep.preload"
+# What Dask does beside the runs, and that costs them: nannies hand this on to their workers.
+QUIET = {
+    "distributed.worker.profile.enabled": False,  # it samples the computing thread a hundred times a second
+    "distributed.admin.tick.interval": "1s",
+    "distributed.admin.system-monitor.interval": "5s",
+}
 STARTING = 600.0  # seconds that local workers may take to start, on a machine that is busy with other things
 
 
@@ -44,14 +50,13 @@ def connected(workers: int | None = None, scheduler: str = "", *, patience: floa
         raise WorkbenchError(
             "a sweep over several workers needs Dask: pip install 'workbench[cluster]'; or run it with --workers 0, one run after the other"
         ) from error
-    quiet = {
-        "DASK_LOGGING__DISTRIBUTED": "critical",
-        "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",  # it samples the computing thread a hundred times a second
-        "DASK_DISTRIBUTED__ADMIN__TICK__INTERVAL": "1s",
+    spawned = dask.config.get("distributed.nanny.pre-spawn-environ", {}) | {"DASK_LOGGING__DISTRIBUTED": "critical"}
+    ours = QUIET | {
+        "distributed.nanny.pre-spawn-environ": spawned,
+        "distributed.scheduler.allowed-failures": 1,
+        "distributed.scheduler.work-stealing": False,
     }
-    spawned = dask.config.get("distributed.nanny.pre-spawn-environ", {}) | quiet
-    ours = {"distributed.nanny.pre-spawn-environ": spawned, "distributed.scheduler.allowed-failures": 1}
-    with dask.config.set(ours | {"distributed.scheduler.work-stealing": False}), silence_logging_cmgr(logging.CRITICAL):
+    with dask.config.set(ours), silence_logging_cmgr(logging.CRITICAL):
         if scheduler:
             try:
                 client = Client(scheduler, timeout=patience, set_as_default=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import time
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ __all__ = ["Here", "There", "hands"]
 
 PAUSE = 0.5  # seconds that this process waits where nothing is to be done
 LOST = 15.0  # seconds without its scheduler after which a client gives up
+# What a client raises without its scheduler, by what it is about: OSError, CancelledError, ClosedClientError, ValueError, ...
+_AWAY = (Exception, asyncio.CancelledError)
 
 
 class Here:
@@ -49,14 +52,12 @@ class There:
     def idle(self, working: set[str]) -> list[str]:
         try:
             return [address for address in self.client.nthreads() if address not in working]
-        except (OSError, ValueError, AttributeError):  # the scheduler is away
+        except _AWAY:  # for how long, `finished` sees
             return []
 
     def give(self, worker: str, work, *arguments) -> None:
-        try:
+        with self._reached():
             future = self.client.submit(work, *arguments, workers=[worker], allow_other_workers=True, pure=False)
-        except OSError as error:
-            raise WorkbenchError(self._gone()) from error
         self._futures[worker] = future
         future.add_done_callback(lambda future, worker=worker: self._done.put((worker, future)))
 
@@ -66,16 +67,14 @@ class There:
             worker, future = self._done.get(timeout=patience)
         except queue.Empty:
             return
+        del self._futures[worker]
         if future.status in ("cancelled", "lost"):
             raise WorkbenchError(self._gone())
-        del self._futures[worker]
-        try:
+        with self._reached():  # what a run raises is told in its outcome
             error = future.exception()
             found = future.result() if error is None else error
-        except OSError as lost:
-            error = lost
-        if isinstance(error, OSError):  # of the connection: what a run raises is told in its outcome
-            raise WorkbenchError(self._gone()) from error
+            if isinstance(error, OSError):
+                raise error
         yield worker, found
 
     def _look_out(self) -> None:
@@ -85,6 +84,14 @@ class There:
         self.lost = self.lost or time.monotonic()
         if time.monotonic() - self.lost > LOST or self.client.status == "closed":
             raise WorkbenchError(self._gone())
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        """What fails within fails for want of the scheduler."""
+        try:
+            yield
+        except _AWAY as error:
+            raise WorkbenchError(self._gone()) from error
 
     def _gone(self) -> str:
         where = f" at {self.scheduler}" if self.scheduler else ""
