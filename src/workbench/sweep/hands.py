@@ -50,9 +50,11 @@ class There:
         self._futures: dict = {}
 
     def idle(self, working: set[str]) -> list[str]:
+        if self.client.status != "running":  # for how long, `finished` sees
+            return []
         try:
             return [address for address in self.client.nthreads() if address not in working]
-        except _AWAY:  # for how long, `finished` sees
+        except _AWAY:
             return []
 
     def give(self, worker: str, work, *arguments) -> None:
