@@ -22,8 +22,8 @@ help:
 	@echo "make demo       run every notebook on the bundled pool: copies in runs/, figures in figures/"
 	@echo "make figures    a paper's figures in figures/paper, from the notebooks' stored data (VENUE=neurips for its widths)"
 	@echo "make lab        open JupyterLab on the notebooks"
-	@echo "make test       ruff, the tests, every notebook at small parameters, nbval over the stored outputs"
-	@echo "make test-full  what make test leaves out because it is slow"
+	@echo "make test       ruff, the tests, nbval over the notebooks' stored outputs"
+	@echo "make test-full  what make test leaves out: slow tests, every notebook at three or more other sets of parameters"
 	@echo "make browser    install a Chromium for make test-full, where there is none"
 	@echo "make notebooks  execute the notebooks in place and store their outputs (ONLY=03 for one)"
 	@echo "make lock       compile constraints.txt from pyproject.toml (needs uv)"
@@ -57,7 +57,6 @@ test: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PYTEST) -m 'not slow'
-	$(NOTEBOOKS) run --jobs $(AT_ONCE) --small
 	@$(MAKE) --no-print-directory nbval
 
 test-full: $(STAMP) browser

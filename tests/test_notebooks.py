@@ -64,7 +64,7 @@ def test_settings_come_from_the_metadata(tmp_path):
     path = write(tmp_path / "1.ipynb", metadata=own)
     assert settings(path, "defaults") == [{}]
     assert settings(path, "small") == [{"steps": 2}]
-    assert settings(path, "runs") == [{"seed": 1}, {"seed": 2, "steps": 3}]
+    assert settings(path, "runs") == [{"steps": 2}, {"seed": 1}, {"seed": 2, "steps": 3}]
     bare = write(tmp_path / "2.ipynb")
     assert settings(bare, "runs") == []
     with pytest.raises(WorkbenchError, match=r"2.ipynb.*no `workbench.small`"):
@@ -121,7 +121,7 @@ def test_run_executes_all_and_reports_the_failures(tmp_path, capfd, monkeypatch)
 
 def test_parameterised_runs_are_numbered(tmp_path, capsys):
     path = write(
-        tmp_path / "n" / "01_a.ipynb", "print(seed, out)", metadata={"workbench": {"runs": [{"seed": 5}, {"seed": 6}]}}
+        tmp_path / "n" / "01_a.ipynb", "print(seed, out)", metadata={"workbench": {"small": {"seed": 5}, "runs": [{"seed": 6}]}}
     )
     to = ["--to", str(tmp_path / "runs")]
     assert main(["run", "--parameterised", "--jobs", "2", "--folder", str(path.parent), *to]) == 0

@@ -30,9 +30,8 @@ def test_a_notebook_s_parameters_are_in_the_table_and_fit_it(path):
     defaults = parameters_of(read(path))
     assert set(defaults) <= set(PARAMETERS)
     assert validate(path, defaults) == defaults
-    for mode in ("small", "runs"):
-        for override in settings(path, mode):
-            assert validate(path, override) == override
+    for override in settings(path, "runs"):
+        assert validate(path, override) == override
 
 
 def test_the_table_has_no_parameter_that_no_notebook_has():
@@ -45,7 +44,7 @@ def test_a_notebook_checks_its_parameters_first_and_records_last(path):
     at = next(i for i, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", []))
     assert cells[at + 1].source.startswith("parameters.check(globals())\n")
     assert "notebooks.record(" in cells[-1].source
-    assert len(settings(path, "runs")) == 3
+    assert len(settings(path, "runs")) >= 3
 
 
 TAKEN = [

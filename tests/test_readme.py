@@ -136,14 +136,11 @@ def test_readme_python_runs(tmp_path):
 
 
 def asked():
-    """The commands to run. Slow are the forge, which its own tests run smaller, and of papermill's, which the gate runs
-    in other ways, all but the last.
-    """
+    """The commands to run. Slow are the forge, which its own tests run smaller, and papermill's, as in the gate."""
     runs = [block for block in README if block.language == "bash" and not block.only_parsed]
     every = [command for block in runs for command in commands(block.text)]
-    slow = [command for command in every if command.startswith("papermill")][:-1]
-    slow += [command for command in every if command.startswith("workbench forge")]
-    return [pytest.param(one, marks=[pytest.mark.slow] * (one in slow)) for one in every]
+    slow = ("papermill", "workbench forge")
+    return [pytest.param(one, marks=[pytest.mark.slow] * one.startswith(slow)) for one in every]
 
 
 @pytest.mark.parametrize("command", asked())

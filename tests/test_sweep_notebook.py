@@ -11,6 +11,7 @@ from workbench.results import Results
 from workbench.sweep import Notebook, Sweep, run, run_from
 from workbench.sweep.notebook import notebook_key
 from workbench.sweep.reading import sweep_of
+from workbench.usage import default_device, device_name
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,6 +49,7 @@ def test_a_grid_over_a_notebook(small, tmp_path):
         assert notebooks.recorded(copy) == metrics
         assert float((tmp_path / "notebooks" / key / "figure.txt").read_text()) == metrics["x"]
         assert row.notebook == "01_small"
+        assert (row.device, row.device_name) == (default_device(), device_name(default_device()))
     assert sorted(json.loads(text)["n"] for text in rows.metrics) == [1, 2]
     (failed,) = (tmp_path / "notebooks").glob("*.failed.ipynb")
     assert "three is too many" in failed.read_text()
@@ -56,11 +58,14 @@ def test_a_grid_over_a_notebook(small, tmp_path):
     assert (again.ran, again.stored, again.failed_before) == (0, 2, 1)
 
 
-def test_what_a_key_depends_on(small, tmp_path):
+def test_what_a_key_depends_on(small, tmp_path, monkeypatch):
     key = notebook_key(Notebook(str(small), {"n": 2}))
     assert notebook_key(Notebook(str(small), {"n": 2, "seed": 0})) == key  # its default
     assert notebook_key(Notebook(str(small), {"n": 2, "out": "elsewhere"})) == key
     assert notebook_key(Notebook(str(small), {"n": 3})) != key
+    with monkeypatch.context() as patch:
+        patch.setattr("workbench.sweep.notebook.default_device", lambda: "cuda")
+        assert notebook_key(Notebook(str(small), {"n": 2})) != key
     other = tmp_path / "01_small.ipynb"
     book = nbformat.read(small, 4)
     nbformat.write(book, other)

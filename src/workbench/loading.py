@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from workbench.errors import BaseError
+from workbench.usage import default_device
 
 __all__ = ["choose_dtype", "kind_of_device", "load_parts"]
 
@@ -42,7 +43,7 @@ def load_parts(
         raise BaseError(f"dtype is {dtype!r}, expected None, 'auto' or a floating-point torch.dtype")
     if device is not None and device_map is not None:
         raise BaseError(f"device={str(device)!r} and device_map={device_map!r} exclude each other; give one")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     common = {"trust_remote_code": False} | ({"revision": revision} if revision else {})
     with _failures(path):
         config = AutoConfig.from_pretrained(path, **common)
@@ -87,7 +88,7 @@ def kind_of_device(device: str | torch.device, device_map: str | Mapping | None)
         places = [place for place in device_map.values() if str(place) not in ("cpu", "disk")]
         device = places[0] if places else "cpu"
     elif device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = default_device()
     elif device_map is not None:
         device = device_map
     return "cuda" if isinstance(device, int) else torch.device(device).type

@@ -1,7 +1,7 @@
 """Run the numbered notebooks headlessly, or store their outputs anew: `python -m workbench.notebooks run|store|list`.
 
-A notebook carries its own settings for the gates in its metadata: `workbench.small`, a dict of parameters that makes
-it run in seconds, and `workbench.runs`, a list of such dicts for the slow gate. Notebooks are found by glob.
+A notebook carries its own settings for the gate in its metadata: `workbench.small`, a dict of parameters that makes it
+run in seconds, and `workbench.runs`, a list of further such dicts. Notebooks are found by glob.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def validate(path: str | Path, parameters: Mapping[str, object]) -> dict[str, ob
 
 
 def settings(path: Path, mode: str) -> list[dict]:
-    """The parameter overrides of each run of a notebook: `defaults` (one, empty), `small` (one) or `runs` (any number).
+    """The parameter overrides of each run of a notebook: `defaults` (one, empty), `small` (one) or `runs` (it and others).
 
     Raises:
         WorkbenchError: a notebook without `workbench.small`, or an override that is not among its parameters.
@@ -118,7 +118,8 @@ def settings(path: Path, mode: str) -> list[dict]:
     own = notebook.metadata.get("workbench", {})
     if mode == "small" and "small" not in own:
         raise WorkbenchError(f"{path.name}: its metadata has no `workbench.small`, a dict of small parameters")
-    overrides = [own["small"]] if mode == "small" else own.get("runs", [])
+    overrides = [own["small"]] if "small" in own else []
+    overrides += own.get("runs", []) if mode == "runs" else []
     known = parameters_of(notebook)
     for override in overrides:
         if unknown := sorted(set(override) - set(known)):
@@ -236,7 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("notebooks"), help="where the notebooks lie")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--small", action="store_const", const="small", dest="mode", help="at their small parameters")
-    which.add_argument("--parameterised", action="store_const", const="runs", dest="mode", help="each of their runs")
+    which.add_argument("--parameterised", action="store_const", const="runs", dest="mode", help="those, and each of their further runs")
     parser.add_argument("--to", type=Path, help="folder of the executed copies (default: a temporary one)")
     parser.add_argument("--out", type=Path, help="folder of the figures (default: one for each run under --to)")
     parser.add_argument("--timeout", type=int, default=CELL_TIMEOUT, help="seconds a cell may take")

@@ -11,9 +11,14 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Peak", "device_name"]
+__all__ = ["Peak", "default_device", "device_name"]
 
 _PROCESS = Path("/proc/self")
+
+
+def default_device() -> str:
+    """The kind of device that is computed on where none is named: "cuda" where there is a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @cache

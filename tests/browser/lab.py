@@ -105,10 +105,10 @@ def browser_page(width: int = 1280, height: int = 800, *, webgl: bool = False) -
         browser.close()
 
 
-def run_all(page, url: str, notebook: str) -> None:
-    """Open a notebook, run it, and wait until every cell has its number."""
-    page.goto(f"{url}/lab/tree/{notebook}?reset")
-    page.wait_for_function("/\\| Idle/.test(document.querySelector('#jp-main-statusbar')?.innerText)")
+def run_all(page, url: str, notebook: str, *, app: str = "lab/tree") -> None:
+    """Open a notebook, run it, and wait until every cell has its number; `app`: "lab/tree", or "notebooks" of Notebook 7."""
+    page.goto(f"{url}/{app}/{notebook}?reset")
+    page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
     page.locator(".jp-CodeCell").first.wait_for()
     page.locator("#jp-MainMenu li.lm-MenuBar-item:has-text('Run')").click()
     page.locator("li.lm-Menu-item[data-command='runmenu:run-all']").click()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from lab import MARKS, browser_page, playwright, run_all, serve, shot
+from lab import MARKS, browser_page, playwright, run_all, serve, shot, write
 
 from workbench.notebooks import find
 
@@ -81,6 +81,28 @@ def test_run_all(tmp_path, number, touch):
         assert page.locator(ERROR).count() == 0
         touch(page)
         shot(page, f"notebook_{number}")
+        assert (page.errors, page.outside) == ([], [])
+
+
+def test_notebook_7_shows_the_controls_too(tmp_path):
+    root = tmp_path / "root"
+    opened = """
+    import workbench as wb
+    from workbench.widgets import MergeBench, PoolExplorer, UnitExplorer
+    pool = wb.Pool.open("nano")
+    base = wb.Base.load(pool.base)
+    task = wb.tasks.load("nano/second-days", n_train=5, n_test=10)
+    """
+    shown = ["PoolExplorer(pool)", "UnitExplorer(pool)", "MergeBench(base, pool, task)"]
+    write(root / "controls.ipynb", [opened, *shown])
+    with serve(tmp_path, root) as url, browser_page(webgl=True) as page:
+        run_all(page, url, "controls.ipynb", app="notebooks")
+        assert page.locator("#jp-MainLogo, #top-panel").count()  # it is Notebook 7, not JupyterLab
+        for number, touch in enumerate((pool, units, merges), 1):
+            touch(page)
+            shot(page, f"notebook_7_{number}", page.locator(".jp-CodeCell").nth(number))
+        assert page.locator(ERROR).count() == 0
+        assert page.evaluate(TOO_WIDE) == []
         assert (page.errors, page.outside) == ([], [])
 
 

@@ -30,16 +30,15 @@ def forge(
     The pool opens by `workbench pool screen FOLDER/adapters --base FOLDER/base`. A base that an earlier run of the same
     recipe left in the folder is kept, and only the pool is trained.
     """
-    import torch
-
     from workbench.nano.forge import PRESETS
     from workbench.nano.forge import forge as train
     from workbench.options import near
+    from workbench.usage import default_device
 
     if preset not in PRESETS:
         raise typer.BadParameter(f"no preset {preset!r}{near(preset, PRESETS)}; choose one of {', '.join(PRESETS)}")
     with failures():
-        train(PRESETS[preset], out, device or ("cuda" if torch.cuda.is_available() else "cpu"), workers=workers)
+        train(PRESETS[preset], out, device or default_device(), workers=workers)
 
 
 def lab(

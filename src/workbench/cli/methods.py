@@ -50,12 +50,11 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure how fast it is: ours beside the ways it is usually done, in one process, with ratios and peak memory."""
-    import torch
-
     from workbench.bench.run import AREAS, keep, run
+    from workbench.usage import default_device
 
     with failures():
-        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        where = device or default_device()
         table = run(area or AREAS, scale, where, quick=quick, say=lambda line: typer.echo(line, err=True))
     if out is not None:
         for path in keep(table, out):

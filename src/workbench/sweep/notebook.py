@@ -10,12 +10,13 @@ from pathlib import Path
 
 from workbench.results import provenance, run_key
 from workbench.sweep.spec import Notebook
+from workbench.usage import default_device, device_name
 
 __all__ = ["notebook_key", "notebook_row"]
 
 
 def notebook_key(run: Notebook) -> str:
-    """The key of a notebook's run: a hash of its code, its parameters, the pool's content and the methods' own versions."""
+    """The key of a notebook's run: a hash of its code and parameters, the pool's content, methods' versions, kind of device."""
     from workbench import notebooks
     from workbench.adapt import ADAPTIVE
     from workbench.baselines import BASELINES
@@ -30,6 +31,7 @@ def notebook_key(run: Notebook) -> str:
             "parameters": {name: value for name, value in given.items() if name != "out"},
             "pool": _digest(given["pool"]) if "pool" in given else "",
             "versions": {name: one.version for name, one in known.items()},
+            "device": default_device(),
         }
     )
 
@@ -71,5 +73,7 @@ def notebook_row(run: Notebook, key: str, folder: Path) -> dict:
         "metrics": json.dumps(metrics),
         "seconds": time.perf_counter() - start,
         "copy": f"notebooks/{key}.ipynb",
+        "device": default_device(),
+        "device_name": device_name(default_device()),
         **provenance(),
     }
