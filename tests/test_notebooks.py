@@ -121,7 +121,9 @@ def test_run_executes_all_and_reports_the_failures(tmp_path, capfd, monkeypatch)
 
 def test_parameterised_runs_are_numbered(tmp_path, capsys):
     path = write(
-        tmp_path / "n" / "01_a.ipynb", "print(seed, out)", metadata={"workbench": {"small": {"seed": 5}, "runs": [{"seed": 6}]}}
+        tmp_path / "n" / "01_a.ipynb",
+        "print(seed, out)",
+        metadata={"workbench": {"small": {"seed": 5}, "runs": [{"seed": 6}]}},
     )
     to = ["--to", str(tmp_path / "runs")]
     assert main(["run", "--parameterised", "--jobs", "2", "--folder", str(path.parent), *to]) == 0

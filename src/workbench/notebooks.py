@@ -237,7 +237,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("notebooks"), help="where the notebooks lie")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--small", action="store_const", const="small", dest="mode", help="at their small parameters")
-    which.add_argument("--parameterised", action="store_const", const="runs", dest="mode", help="those, and each of their further runs")
+    which.add_argument(
+        "--parameterised", action="store_const", const="runs", dest="mode", help="those, and each of their further runs"
+    )
     parser.add_argument("--to", type=Path, help="folder of the executed copies (default: a temporary one)")
     parser.add_argument("--out", type=Path, help="folder of the figures (default: one for each run under --to)")
     parser.add_argument("--timeout", type=int, default=CELL_TIMEOUT, help="seconds a cell may take")

@@ -108,7 +108,10 @@ def browser_page(width: int = 1280, height: int = 800, *, webgl: bool = False) -
 def run_all(page, url: str, notebook: str, *, app: str = "lab/tree") -> None:
     """Open a notebook, run it, and wait until every cell has its number; `app`: "lab/tree", or "notebooks" of Notebook 7."""
     page.goto(f"{url}/{app}/{notebook}?reset")
-    page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
+    if app == "notebooks":
+        page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
+    else:  # whose indicator says so before the kernel is connected
+        page.wait_for_function("/\\| Idle/.test(document.querySelector('#jp-main-statusbar')?.innerText)")
     page.locator(".jp-CodeCell").first.wait_for()
     page.locator("#jp-MainMenu li.lm-MenuBar-item:has-text('Run')").click()
     page.locator("li.lm-Menu-item[data-command='runmenu:run-all']").click()
