@@ -58,8 +58,8 @@ def small(root, number):
     (given,) = (cell for cell in cells if "parameters" in cell.metadata.get("tags", []))
     given.source += "".join(f"\n{name} = {value!r}" for name, value in notebook.metadata.workbench["small"].items())
     figures = sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
-    for cell in cells:
-        cell.outputs, cell.execution_count = [], None
+    for one in cells:
+        one.outputs, one.execution_count = [], None
     (root / "notebooks").mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, root / "notebooks" / source.name)
     return f"notebooks/{source.name}", figures
