@@ -1,7 +1,5 @@
 """Analysis of variance against sums of squares and dense algebra; the winner's curse by enumeration and in a simulation."""
 
-import gc
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,14 +8,6 @@ from scipy import stats as reference
 from workbench.choices import importance, picked
 from workbench.errors import WorkbenchError
 from workbench.stats import holm
-
-
-@pytest.fixture(autouse=True, scope="module")
-def frozen():
-    """statsmodels collects garbage at every Holm; with the imported packages frozen that takes no time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def design(rng, rows=400, tasks=12, levels=(3, 4, 2), **effects):

@@ -204,6 +204,7 @@ def test_the_command_line_hands_its_words_on(tmp_path, monkeypatch):
 
 
 @bundled
+@pytest.mark.slow
 def test_bundled_match_is_what_generate_produces(base):
     """Four examples of every task; every third task under an adapter of the pool."""
     folders = sorted(ADAPTERS.iterdir())

@@ -131,15 +131,16 @@ def repository(tmp_path_factory):
     return shutil.copytree(ROOT, tmp_path_factory.mktemp("readme") / "repository", ignore=NOT_COPIED)
 
 
+@pytest.mark.slow
 def test_readme_python_runs(tmp_path):
     run_python([block for block in README if block.language == "python" and not block.only_parsed], tmp_path)
 
 
 def asked():
-    """The commands to run. Slow are the forge, which its own tests run smaller, and papermill's, as in the gate."""
+    """The commands to run; the slowest have tests of their own that do the same with less."""
     runs = [block for block in README if block.language == "bash" and not block.only_parsed]
     every = [command for block in runs for command in commands(block.text)]
-    slow = ("papermill", "workbench forge")
+    slow = ("papermill", "workbench forge", "workbench adapt", "workbench evaluate")
     return [pytest.param(one, marks=[pytest.mark.slow] * one.startswith(slow)) for one in every]
 
 

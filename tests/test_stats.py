@@ -2,7 +2,6 @@
 against scipy's permutation test and Holm by hand.
 """
 
-import gc
 import itertools
 
 import numpy as np
@@ -14,14 +13,6 @@ from scipy import stats as reference
 
 from workbench.errors import WorkbenchError
 from workbench.stats import _sign_flip, bootstrap, paired, report
-
-
-@pytest.fixture(autouse=True, scope="module")
-def frozen():
-    """statsmodels collects garbage at every Holm; with the imported packages frozen that takes no time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def table(values, clusters, **columns):

@@ -93,7 +93,7 @@ class There:
         try:
             yield
         except _AWAY as error:
-            raise WorkbenchError(self._gone()) from error
+            raise WorkbenchError(f"{self._gone()} ({type(error).__name__}: {error})") from error
 
     def _gone(self) -> str:
         where = f" at {self.scheduler}" if self.scheduler else ""
