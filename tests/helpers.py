@@ -8,10 +8,11 @@ import json
 import math
 import os
 import random
+import socket
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +38,15 @@ SENTENCES = (
     "swap the first two, then drop the last one = done",
     "how many items are in the list? count them: 1 2 3 4 5 6 7 8 9 10",
 )
+
+
+def free_port() -> int:
+    """A port that nothing listens on, below those that systems hand out, so that nobody gets it before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def tiny_base(seed: int = 0, spread: float = 1.0) -> Base:

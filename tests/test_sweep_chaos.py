@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from helpers import free_port
 from sweeping import described, swept, tiny_pool, written
 from workbench.results import Results
 from workbench.sweep import Sweep, run
@@ -142,14 +143,6 @@ def cluster(port):
         for one in below:
             with suppress(psutil.NoSuchProcess):
                 one.kill()
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_a_killed_scheduler_loses_nothing(file):
