@@ -49,6 +49,16 @@ def free_port() -> int:
             return port
 
 
+def train_briefly(monkeypatch, steps: int = 3, every: int = 1, batch: int = 4) -> None:
+    """New adapters, targets' own among them, are trained in few steps."""
+    from workbench import baselines
+    from workbench.adapt.fresh import NEW_ADAPTER
+
+    schedule = replace(NEW_ADAPTER, steps=steps, every=every, batch=batch)
+    trainer = replace(baselines._TRAINERS["new adapter"], schedule=schedule)
+    monkeypatch.setitem(baselines._TRAINERS, "new adapter", trainer)
+
+
 def tiny_base(seed: int = 0, spread: float = 1.0) -> Base:
     """A Llama of 2 layers, hidden 32, random weights; `spread` multiplies its matrices, which makes its output lively."""
     tokenizer = make_tokenizer()

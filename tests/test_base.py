@@ -12,6 +12,7 @@ from torch import nn
 from helpers import (
     hook_logits,
     logits_of,
+    peft_logits,
     random_adapter,
     relative,
     some_examples,
@@ -31,6 +32,11 @@ from workbench.evaluate import encode, score
 from workbench.loading import choose_dtype, kind_of_device
 from workbench.merge import merge
 from workbench.stack import Stack
+
+
+def gpus(number):
+    """A mark: skipped where there are not so many."""
+    return pytest.mark.skipif(torch.cuda.device_count() < number, reason=f"needs {number} GPUs")
 
 
 def saved(base, folder, **changes):
@@ -341,15 +347,19 @@ def test_accelerate_that_is_missing_is_named(folder, monkeypatch):
     assert Base.load(folder, device="cpu").device.type == "cpu"
 
 
-@pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:.*torch.jit", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore:MatMul8bitLt", "ignore:inner dimension", "ignore:.*torch.jit", "ignore::DeprecationWarning"
+)
 @pytest.mark.parametrize("how", ["4bit", "8bit"])
-def test_bitsandbytes(how, tmp_path):
-    """Against the dense base: 8 bits change its losses little, 4 bits more; a fit lowers them."""
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpus(1))])
+def test_bitsandbytes(how, device, tmp_path):
+    """Against the dense base: 8 bits change its losses little, 4 bits more; a fit lowers them. An update is plain peft's."""
     pytest.importorskip("bitsandbytes")
     dense = tiny_causal("Llama", spread=2.0)
     saved(dense, tmp_path / "base")
-    base = Base.load(tmp_path / "base", device="cpu", quantise=how)
-    assert base.dtype == torch.float32
+    settings = {"device": device, "dtype": torch.float32}
+    base = Base.load(tmp_path / "base", quantise=how, **settings)
+    assert (base.dtype, base.device.type) == (torch.float32, device)
     assert base.layers == dense.layers
     assert not base.model.model.layers[0].mlp.up_proj.weight.is_floating_point()
     rows = some_examples(dense, 6, 0)
@@ -358,13 +368,36 @@ def test_bitsandbytes(how, tmp_path):
     stack = Stack.of([random_adapter(dense, 2 + i, i, name=f"a{i}", size=0.2) for i in range(3)])
     (own,) = learn_coefficients(base, [stack], [rows], [rows], Schedule(steps=8, lr=0.1, batch=6), seeds=[0])
     assert own.curves.best < own.curves.validation[0]
-    assert base.digest == Base.load(tmp_path / "base", device="cpu", quantise=how).digest != dense.digest
+    assert base.digest == Base.load(tmp_path / "base", quantise=how, **settings).digest != dense.digest
+    one, ids = random_adapter(dense, 4, 7, name="one", size=0.2), some_ids(dense, rows=4).to(base.device)
+    one.save(tmp_path / "one")
+    with torch.no_grad(), compose(base.model, grouped([one], base.device)):
+        got = logits_of(base.model, ids)
+    torch.testing.assert_close(got, peft_logits(base, tmp_path / "one", ids))
     base.model.save_pretrained(tmp_path / "stored")
     base.tokenizer.save_pretrained(tmp_path / "stored")
-    again = Base.load(tmp_path / "stored", device="cpu")
+    again = Base.load(tmp_path / "stored", **settings)
     torch.testing.assert_close(score(again, [rows]).loss, score(base, [rows]).loss, rtol=1e-3, atol=1e-3)
     with pytest.raises(BaseError, match="is stored quantised already; load it without quantise='4bit'"):
-        Base.load(tmp_path / "stored", device="cpu", quantise="4bit")
+        Base.load(tmp_path / "stored", device=device, quantise="4bit")
+
+
+@gpus(2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_two_cards_give_what_one_gives(dtype, tmp_path):
+    dense = tiny_causal("Llama", spread=2.0)
+    saved(dense, tmp_path / "base")
+    bases = [
+        Base.load(tmp_path / "base", dtype=dtype, **how) for how in ({"device": "cuda"}, {"device_map": "balanced"})
+    ]
+    found, rows = [], some_examples(dense, 6, 0)
+    for base in bases:
+        stack = Stack.of([random_adapter(dense, 2 + i, i, name=f"a{i}", size=0.2) for i in range(3)])
+        (fit,) = learn_coefficients(base, [stack], [rows], [rows], Schedule(steps=8, lr=0.1, batch=6), seeds=[0])
+        found.append((score(base, [rows] * 3, shared(stack, torch.eye(3))).loss, fit.coefficients))
+    assert {one.device.index for one in bases[1].model.parameters()} == {0, 1}
+    assert bases[0].digest == bases[1].digest
+    torch.testing.assert_close(found[1], found[0])
 
 
 # Trust -----------------------------------------------------------------------------------------------------------------

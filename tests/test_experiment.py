@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import workbench as wb
-from helpers import dense_model, random_adapter, six_adapters, solved_task, tiny_base
-from workbench import baselines, experiment, runs
+from helpers import dense_model, random_adapter, six_adapters, solved_task, tiny_base, train_briefly
+from workbench import experiment, runs
 from workbench.adapt import ADAPTIVE, fit_many
 from workbench.adapt.fresh import NEW_ADAPTER, Plan, train_fresh
 from workbench.again import again
@@ -520,8 +520,7 @@ def test_what_a_row_says_of_its_cost_and_coefficients(base, pool, tasks, monkeyp
 
 
 def test_the_lines_that_run_a_row_again(base, pool, tasks, monkeypatch):
-    trainer, few = baselines._TRAINERS["new adapter"], {"steps": 3, "every": 1, "batch": 4}  # of the target's own, too
-    monkeypatch.setitem(baselines._TRAINERS, "new adapter", replace(trainer, schedule=replace(NEW_ADAPTER, **few)))
+    train_briefly(monkeypatch)
     recipes = [
         Recipe("coefficients", select="evaluation", k=3, skip=1, control="norm", steps=3, tune={"lr": [0.1, 0.2]}),
         Recipe("lego", k=3, own=True, options={"k": 2}),

@@ -7,9 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers import six_adapters, solved_task, tiny_base
+from helpers import six_adapters, solved_task, tiny_base, train_briefly
 from workbench import baselines, select
-from workbench.adapt.fresh import NEW_ADAPTER
 from workbench.adapters import Adapter
 from workbench.errors import AdapterError
 from workbench.experiment import Recipe, compare
@@ -44,8 +43,7 @@ def tasks(base, home):
 @pytest.fixture
 def quick(monkeypatch):
     """Own adapters in few steps."""
-    trainer, few = baselines._TRAINERS["new adapter"], {"steps": 3, "every": 1, "batch": 4}
-    monkeypatch.setitem(baselines._TRAINERS, "new adapter", replace(trainer, schedule=replace(NEW_ADAPTER, **few)))
+    train_briefly(monkeypatch)
 
 
 def test_what_is_claimed_is_made_by_one_and_awaited_by_the_other(tmp_path, monkeypatch):
@@ -108,8 +106,7 @@ def test_own_adapters_are_trained_once_and_read_by_all(base, home, tasks, tmp_pa
     share_own(places[1], cases, tmp_path, tmp_path / "claims")
     first, second = places[0].own(cases), places[1].own(cases)
     monkeypatch.undo()
-    trainer, few = baselines._TRAINERS["new adapter"], {"steps": 3, "every": 1, "batch": 4}
-    monkeypatch.setitem(baselines._TRAINERS, "new adapter", replace(trainer, schedule=replace(NEW_ADAPTER, **few)))
+    train_briefly(monkeypatch)
     for one, other, direct in zip(first, second, places[2].own(cases), strict=True):
         assert one.name == other.name == direct.name == OWN
         assert one.digest() == other.digest()

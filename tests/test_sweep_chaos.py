@@ -195,7 +195,7 @@ def until(finished):
 
 
 def test_workers_do_nothing_beside_the_runs():
-    """Dask's own profiler and clock would cost them a quarter of their time."""
+    """Dask's own profiler and clock would take much of their time."""
     from workbench.sweep.cluster import connected
 
     with connected(workers=1) as client:
