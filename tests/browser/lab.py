@@ -26,13 +26,18 @@ import pytest
 from helpers import free_port
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; it drives the browser")
-playwright.expect.set_options(timeout=60_000)  # a busy machine computes slowly
+WAIT = 240_000  # ms; a busy machine computes slowly
+playwright.expect.set_options(timeout=WAIT)
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NONE = CHROMIUM is None and not list(Path.home().glob(".cache/ms-playwright/chromium*"))  # nor playwright's own
 MARKS = [pytest.mark.slow, pytest.mark.skipif(NONE, reason="no chromium on this machine; make browser installs one")]
 LOCAL = ("http://127.0.0.1:", "ws://127.0.0.1:", "blob:", "data:")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 SCREENS = Path(__file__).parents[2] / "runs" / "screens"  # kept, to be looked at
+CONNECTED = """() => {
+    const kernel = window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel;
+    return kernel?.connectionStatus === "connected" && kernel.status === "idle";
+}"""  # asked of the application: what the page shows says idle before there is a kernel
 WEBGL = ["--enable-unsafe-swiftshader"]  # in software, beside a page that is drawn without a GPU
 
 
@@ -63,14 +68,15 @@ def serve(tmp_path: Path, root: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
     command += ["--ServerApp.port_retries=0", "--IdentityProvider.token=", "--ServerApp.password="]
     command += ["--ServerApp.disable_check_xsrf=True", f"--ServerApp.root_dir={root}"]
-    command += ["--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly"]
+    command += ["--LabApp.extension_manager=readonly"]
+    command += [f"--{app}.expose_app_in_browser=True" for app in ("LabApp", "JupyterNotebookApp")]
     own |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # as in a kernel that no test has started
     with open(tmp_path / "server.log", "w") as log:
         process = subprocess.Popen(
             command, env=os.environ | own, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        for _ in range(300):
+        for _ in range(1200):
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=2).close()
                 break
@@ -96,7 +102,7 @@ def browser_page(width: int = 1280, height: int = 800, *, webgl: bool = False) -
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, *(WEBGL if webgl else [])])
         page = browser.new_page(viewport={"width": width, "height": height})
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(WAIT)
         page.outside, page.errors = [], []
         page.on("request", lambda request: None if request.url.startswith(LOCAL) else page.outside.append(request.url))
         page.on("pageerror", lambda error: page.errors.append(str(error)))
@@ -107,10 +113,7 @@ def browser_page(width: int = 1280, height: int = 800, *, webgl: bool = False) -
 def run_all(page, url: str, notebook: str, *, app: str = "lab/tree") -> None:
     """Open a notebook, run it, and wait until every cell has its number; `app`: "lab/tree", or "notebooks" of Notebook 7."""
     page.goto(f"{url}/{app}/{notebook}?reset")
-    if app == "notebooks":
-        page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
-    else:  # whose indicator says so before the kernel is connected
-        page.wait_for_function("/\\| Idle/.test(document.querySelector('#jp-main-statusbar')?.innerText)")
+    page.wait_for_function(CONNECTED)  # else a command to run is lost, without a word
     page.locator(".jp-CodeCell").first.wait_for()
     page.locator("#jp-MainMenu li.lm-MenuBar-item:has-text('Run')").click()
     page.locator("li.lm-Menu-item[data-command='runmenu:run-all']").click()

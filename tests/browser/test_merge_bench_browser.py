@@ -43,7 +43,7 @@ def choose(bench, text):
 
 def settled(bench):
     """A job has ended: the button that starts one may be pressed again."""
-    expect(bench.get_by_role("button", name="Merge", exact=True)).to_be_enabled(timeout=120_000)
+    expect(bench.get_by_role("button", name="Merge", exact=True)).to_be_enabled()
 
 
 def merge(bench):
@@ -105,7 +105,7 @@ def test_the_merge_bench_in_jupyterlab(tmp_path):
         page.keyboard.press("Enter")
         merge(bench)
         stop = bench.get_by_role("button", name="Stop")
-        expect(bench).to_contain_text("random control: loss", timeout=120_000)
+        expect(bench).to_contain_text("random control: loss")
         stop.click()
         settled(bench)
         expect(bench).to_contain_text("no merge is shown without them")
@@ -113,7 +113,7 @@ def test_the_merge_bench_in_jupyterlab(tmp_path):
         page.keyboard.press("Enter")
         bench.get_by_label("Control matched by").select_option("norm")
         merge(bench)
-        expect(bench).to_contain_text("random control: loss", timeout=120_000)
+        expect(bench).to_contain_text("random control: loss")
         settled(bench)
         table = bench.locator("table", has_text="base alone").first
         for row in ("merge", "base alone", "new adapter (steps=8)", "random control (matched by norm)"):
@@ -129,12 +129,12 @@ def test_the_merge_bench_in_jupyterlab(tmp_path):
         assert "rotate" in prompt.input_value().lower() or prompt.input_value()
         bench.get_by_role("button", name="Answer").click()
         answers = bench.locator("table", has_text="new adapter").last
-        expect(answers.locator("td")).to_have_count(4, timeout=60_000)
+        expect(answers.locator("td")).to_have_count(4)
         settled(bench)
         shot(page, "merge_prompt", bench.locator(".jupyter-widget-tab, .widget-tab").first)
         bench.get_by_role("tab", name="Weights by hand").click()
         bench.get_by_role("button", name="Open the sliders").click()
-        expect(bench.locator(".noUi-handle")).to_have_count(2, timeout=60_000)
+        expect(bench.locator(".noUi-handle")).to_have_count(2)
         settled(bench)
         bench.locator(".noUi-handle").first.focus()
         page.keyboard.press("ArrowRight")
@@ -144,10 +144,10 @@ def test_the_merge_bench_in_jupyterlab(tmp_path):
         bench.get_by_label("Folder").fill("made")
         page.keyboard.press("Tab")
         bench.get_by_role("button", name="Save", exact=True).click()
-        expect(bench).to_contain_text("PeftModel.from_pretrained(model, 'made') loads it", timeout=60_000)
+        expect(bench).to_contain_text("PeftModel.from_pretrained(model, 'made') loads it")
         settled(bench)
         bench.get_by_role("button", name="Save", exact=True).click()
-        expect(bench).to_contain_text("made exists already; choose another folder", timeout=60_000)
+        expect(bench).to_contain_text("made exists already; choose another folder")
         settled(bench)
         shot(page, "merge_save", bench.locator(".jupyter-widget-tab, .widget-tab").first)
 
@@ -165,7 +165,7 @@ def test_the_merge_bench_in_jupyterlab(tmp_path):
         settled(evil)
         evil.get_by_role("tab", name="Weights by hand").click()
         evil.get_by_role("button", name="Open the sliders").click()
-        expect(evil.locator(".noUi-handle")).to_have_count(2, timeout=60_000)
+        expect(evil.locator(".noUi-handle")).to_have_count(2)
         choose(evil, "coefficients")
         evil.get_by_label("steps", exact=True).fill("2")
         page.keyboard.press("Enter")

@@ -76,7 +76,6 @@ def test_run_all(tmp_path, number, touch):
     root = folder(tmp_path)
     notebook, _ = small(root, number)
     with serve(tmp_path, root) as url, browser_page(webgl=True) as page:
-        page.set_default_timeout(240_000)
         run_all(page, url, notebook)
         assert page.locator(ERROR).count() == 0
         touch(page)
@@ -114,7 +113,6 @@ def test_the_others_are_seen_whole(tmp_path):
     root = folder(tmp_path)
     copies = {path.name[:2]: small(root, path.name[:2]) for path in find(ROOT / "notebooks") if path.name[:2] > "03"}
     with serve(tmp_path, root) as url, browser_page() as page:
-        page.set_default_timeout(240_000)
         for number, (notebook, figures) in copies.items():
             page.set_viewport_size({"width": 1280, "height": 800})
             run_all(page, url, notebook)

@@ -62,7 +62,6 @@ def test_units_in_jupyterlab(tmp_path):
         replace(pool.adapter(pool.names[1]), name=name).save(root / "strangers" / name)
     write(root / "units.ipynb", CELLS)
     with serve(tmp_path, root) as url, browser_page(webgl=True) as page:
-        page.set_default_timeout(120_000)
         run_all(page, url, "units.ipynb")
         page.keyboard.press("Control+b")  # without the file browser
 
