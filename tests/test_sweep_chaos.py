@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from distributed import Client
+from pandas.testing import assert_frame_equal
 
 from helpers import free_port
 from sweeping import described, swept, tiny_pool, written
@@ -132,8 +134,10 @@ def cluster(port):
     processes = [subprocess.Popen([*scheduler, "--host", "127.0.0.1", "--port", str(port), "--no-dashboard"], **quiet)]
     for _ in range(2):
         preload = ["--nthreads", "1", "--no-dashboard", "--memory-limit", "0", "--preload", "workbench.sweep.preload"]
-        processes.append(subprocess.Popen([*worker, address, *preload, "--death-timeout", "30"], **quiet))
+        processes.append(subprocess.Popen([*worker, address, *preload, "--death-timeout", str(PATIENCE)], **quiet))
     try:
+        with Client(address, timeout=PATIENCE, set_as_default=False) as client:
+            client.wait_for_workers(2, timeout=PATIENCE)  # on a busy machine they take longer than a sweep waits
         yield address, processes[0]
     finally:
         below = [child for one in processes for child in descendants(one)]
@@ -298,4 +302,4 @@ def test_two_workers_give_what_one_gives(where, tmp_path):
     timed = ["seconds", "written", "peak_memory"]
     names = [name for name in ours if name not in timed]
     assert len(ours) == 36
-    assert ours[names].equals(theirs[names])
+    assert_frame_equal(ours[names], theirs[names], check_exact=True)

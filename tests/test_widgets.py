@@ -4,11 +4,14 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
+import ipywidgets
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from jupyter_core.paths import jupyter_path
 
 import workbench as wb
 from helpers import dense_model, generate, hook_count, random_adapter, strange_pool, tiny_base
@@ -19,7 +22,7 @@ from workbench.nano import world
 from workbench.pool import Pool
 from workbench.stack import Stack
 from workbench.tasks import Example, Task
-from workbench.widgets import AdapterChooser, WeightExplorer, weights
+from workbench.widgets import AdapterChooser, MergeBench, PoolExplorer, UnitExplorer, WeightExplorer, weights
 
 PNG = b"\x89PNG"
 EVIL = "<script>alert(1)</script>"  # a folder `<script>alert(1)<` that holds a folder `script>`
@@ -467,6 +470,18 @@ def test_a_stored_notebook_keeps_the_whole_text(pool, explorer):
         assert bundle["text/plain"] == repr(control)
         assert len(repr(control)) > 110  # where ipywidgets would have cut it
         assert "application/vnd.jupyter.widget-view+json" in bundle
+
+
+def test_an_editor_without_jupyterlab_s_extensions_finds_every_control_s_script(base, pool, task):
+    """VS Code brings @jupyter-widgets/* with it and looks for all others where the classic notebook had its extensions."""
+    shown = [PoolExplorer(pool), UnitExplorer(pool), MergeBench(base, pool, task)]
+    state = ipywidgets.Widget.get_manager_state()["state"]
+    used = {one["model_module"] for one in state.values()}
+    used |= {one["state"]["_view_module"] for one in state.values() if one["state"].get("_view_module")}
+    others = {name for name in used if not name.startswith("@jupyter-widgets/")}
+    assert others == {"anywidget"}, shown
+    places = [Path(folder) / "anywidget" for folder in jupyter_path("nbextensions")]
+    assert any((place / "extension.js").is_file() and (place / "index.js").is_file() for place in places)
 
 
 def test_nothing_heavy_is_imported_before_it_is_used():

@@ -66,7 +66,7 @@ def result_table(trial: Trial) -> str:
     head = ("", measure, "loss (nats per token)", f"{measure}: merge − this")
     note = "Brackets: 95 %, over these test examples alone; another draw of training examples may come out otherwise."
     return (
-        f"<table role='status' {_PLAIN} style='border-spacing:1em 0;white-space:nowrap'>"
+        f"<table role='status' {_PLAIN} style='border-collapse:separate;border-spacing:1em 0;white-space:nowrap'>"
         f"<caption style='text-align:left;white-space:normal'>{html.escape(told(trial))}</caption>"
         + "<tr>"
         + "".join(f"<th scope='col' style='text-align:left'>{html.escape(one)}</th>" for one in head)

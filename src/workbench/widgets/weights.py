@@ -173,7 +173,7 @@ class WeightExplorer(Panel):
             for what, loss, match in self._rows()
         )
         self.numbers.value = (
-            "<table role='status' class='tex2jax_ignore mathjax_ignore' style='border-spacing:1em 0'>"
+            "<table role='status' class='tex2jax_ignore mathjax_ignore' style='border-collapse:separate;border-spacing:1em 0'>"
             f"<caption style='text-align:left'>{html.escape(self._what)}</caption>"
             "<tr><th></th><th scope='col'>loss (nats per answer token)</th><th scope='col'>exact match</th></tr>"
             f"{cells}</table>"
