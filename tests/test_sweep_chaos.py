@@ -124,17 +124,25 @@ def test_a_killed_command_goes_on_where_it_was(file):
     complete(file)
 
 
+def quiet():
+    return {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment()}
+
+
+def worker(address, preload="workbench.sweep.preload"):
+    command = [sys.executable, "-c", "import sys; from distributed.cli.dask_worker import main; sys.exit(main())"]
+    options = ["--nthreads", "1", "--no-dashboard", "--memory-limit", "0", "--preload", preload]
+    return subprocess.Popen([*command, address, *options, "--death-timeout", str(PATIENCE)], **quiet())
+
+
 @contextmanager
 def cluster(port):
     """A scheduler and two workers, as processes of their own."""
     address = f"tcp://127.0.0.1:{port}"
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment()}
     scheduler = [sys.executable, "-c", "import sys; from distributed.cli.dask_scheduler import main; sys.exit(main())"]
-    worker = [sys.executable, "-c", "import sys; from distributed.cli.dask_worker import main; sys.exit(main())"]
-    processes = [subprocess.Popen([*scheduler, "--host", "127.0.0.1", "--port", str(port), "--no-dashboard"], **quiet)]
-    for _ in range(2):
-        preload = ["--nthreads", "1", "--no-dashboard", "--memory-limit", "0", "--preload", "workbench.sweep.preload"]
-        processes.append(subprocess.Popen([*worker, address, *preload, "--death-timeout", str(PATIENCE)], **quiet))
+    processes = [
+        subprocess.Popen([*scheduler, "--host", "127.0.0.1", "--port", str(port), "--no-dashboard"], **quiet())
+    ]
+    processes += [worker(address) for _ in range(2)]
     try:
         with Client(address, timeout=PATIENCE, set_as_default=False) as client:
             client.wait_for_workers(2, timeout=PATIENCE)  # on a busy machine they take longer than a sweep waits
@@ -189,6 +197,30 @@ def test_a_scheduler_that_goes_before_a_result_is_fetched(file):
         client.close()
         with pytest.raises(WorkbenchError, match="is gone; what has finished is stored"):
             hands.give(worker, sum, [1, 2])
+
+
+def test_a_worker_of_another_version_is_not_used(tmp_path):
+    """Whether it is there at the beginning or its job was still in a queue then."""
+    from workbench.errors import WorkbenchError
+    from workbench.sweep.cluster import connected
+    from workbench.sweep.hands import There
+
+    older = tmp_path / "older.py"
+    older.write_text("import workbench.results as r\nr.provenance = lambda: {'versions': '0.0.1', 'commit': ''}\n")
+    with cluster(free_port()) as (address, _), connected(scheduler=address) as client:
+        hands = There(client, address)
+        assert len(hands.idle(set())) == 2
+        late = worker(address, str(older))
+        try:
+            client.wait_for_workers(3, timeout=PATIENCE)
+            with pytest.raises(WorkbenchError, match=r"runs 0\.0\.1 at commit unknown, this process .*update one"):
+                hands.idle(set())
+            with pytest.raises(WorkbenchError, match=r"runs 0\.0\.1"), connected(scheduler=address):
+                pass
+        finally:
+            for one in (*descendants(late), late):
+                one.kill()
+            late.wait()
 
 
 def until(finished):

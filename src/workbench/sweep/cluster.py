@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from workbench.errors import WorkbenchError
 from workbench.results import provenance
 
-__all__ = ["connected", "default_workers"]
+__all__ = ["agreeing", "connected", "default_workers"]
 
 PRELOAD = "workbench.sweep.preload"
 # What Dask does beside the runs, and that costs them: nannies hand this on to their workers.
@@ -88,7 +88,7 @@ def connected(workers: int | None = None, scheduler: str = "", *, patience: floa
 
 
 def _agreeing(client, scheduler: str, patience: float) -> None:
-    """Wait for a first worker, and see that all have this version of the code."""
+    """Wait for a first worker, and see that all that are there agree."""
     try:
         client.wait_for_workers(1, timeout=patience)
     except TimeoutError as error:
@@ -96,8 +96,17 @@ def _agreeing(client, scheduler: str, patience: float) -> None:
             f"the scheduler at {scheduler} has no workers after {patience:.0f} s; start some with `dask worker {scheduler} "
             f"--nthreads 1 --preload {PRELOAD}`"
         ) from error
+    agreeing(client)
+
+
+def agreeing(client, workers: Sequence[str] | None = None) -> None:
+    """See that workers, by default all, have this process's version of the code.
+
+    Raises:
+        WorkbenchError: one has not; rows of one sweep would not compare.
+    """
     ours = provenance()
-    for address, theirs in client.run(provenance).items():
+    for address, theirs in client.run(provenance, workers=workers).items():
         if (theirs["versions"], theirs["commit"]) != (ours["versions"], ours["commit"]):
             raise WorkbenchError(
                 f"the worker at {address} runs {theirs['versions']} at commit {theirs['commit'] or 'unknown'}, this process "

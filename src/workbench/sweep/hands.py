@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from workbench.errors import WorkbenchError
-from workbench.sweep.cluster import connected
+from workbench.sweep.cluster import agreeing, connected
 
 __all__ = ["Here", "There", "hands"]
 
@@ -48,12 +48,19 @@ class There:
         self.client, self.scheduler, self.lost = client, scheduler, None
         self._done: queue.Queue = queue.Queue()
         self._futures: dict = {}
+        self._seen: set[str] = set()  # workers that have this version of the code
 
     def idle(self, working: set[str]) -> list[str]:
         if self.client.status != "running":  # for how long, `finished` sees
             return []
         try:
-            return [address for address in self.client.nthreads() if address not in working]
+            there = list(self.client.nthreads())
+            if self.scheduler and (new := [address for address in there if address not in self._seen]):
+                agreeing(self.client, new)  # a job may have waited in its queue until now
+                self._seen.update(new)
+            return [address for address in there if address not in working]
+        except WorkbenchError:
+            raise
         except _AWAY:
             return []
 
