@@ -21,8 +21,11 @@ from pandas.testing import assert_frame_equal
 
 from helpers import free_port
 from sweeping import described, swept, tiny_pool, written
+from workbench.errors import WorkbenchError
 from workbench.results import Results
 from workbench.sweep import Sweep, run
+from workbench.sweep.cluster import connected
+from workbench.sweep.hands import There
 
 pytestmark = pytest.mark.slow
 
@@ -177,9 +180,6 @@ def test_a_killed_scheduler_loses_nothing(file):
 
 def test_a_scheduler_that_goes_before_a_result_is_fetched(file):
     """Whichever way Dask puts it: the worker has ended, and what it returned can no longer be asked for."""
-    from workbench.errors import WorkbenchError
-    from workbench.sweep.cluster import connected
-    from workbench.sweep.hands import There
 
     with cluster(free_port()) as (address, scheduler), connected(scheduler=address) as client:
         hands = There(client, address)
@@ -201,9 +201,6 @@ def test_a_scheduler_that_goes_before_a_result_is_fetched(file):
 
 def test_a_worker_of_another_version_is_not_used(tmp_path):
     """Whether it is there at the beginning or its job was still in a queue then."""
-    from workbench.errors import WorkbenchError
-    from workbench.sweep.cluster import connected
-    from workbench.sweep.hands import There
 
     older = tmp_path / "older.py"
     older.write_text("import workbench.results as r\nr.provenance = lambda: {'versions': '0.0.1', 'commit': ''}\n")
@@ -215,8 +212,8 @@ def test_a_worker_of_another_version_is_not_used(tmp_path):
             client.wait_for_workers(3, timeout=PATIENCE)
             with pytest.raises(WorkbenchError, match=r"runs 0\.0\.1 at commit unknown, this process .*update one"):
                 hands.idle(set())
-            with pytest.raises(WorkbenchError, match=r"runs 0\.0\.1"), connected(scheduler=address):
-                pass
+            with pytest.raises(WorkbenchError, match=r"runs 0\.0\.1"):
+                There(client, address).idle(set())
         finally:
             for one in (*descendants(late), late):
                 one.kill()
@@ -232,7 +229,6 @@ def until(finished):
 
 def test_workers_do_nothing_beside_the_runs():
     """Dask's own profiler and clock would take much of their time."""
-    from workbench.sweep.cluster import connected
 
     with connected(workers=1) as client:
         beats = client.run(lambda dask_worker: {n: c.callback_time for n, c in dask_worker.periodic_callbacks.items()})
@@ -243,8 +239,6 @@ def test_workers_do_nothing_beside_the_runs():
 
 def test_nobody_at_the_scheduler_s_address(file):
     address = f"tcp://127.0.0.1:{free_port()}"
-    from workbench.errors import WorkbenchError
-    from workbench.sweep.cluster import connected
 
     with (
         pytest.raises(WorkbenchError, match="no scheduler answers at tcp://127"),

@@ -83,6 +83,8 @@ def serve(tmp_path: Path, root: Path) -> Iterator[str]:
             except OSError:
                 assert process.poll() is None, (tmp_path / "server.log").read_text()
                 time.sleep(0.1)
+        else:
+            pytest.fail("JupyterLab did not start:\n" + (tmp_path / "server.log").read_text())
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()  # the server stops its kernels

@@ -35,6 +35,10 @@ CELLS = (
     "strangers = wb.Pool.open('strangers')\nMergeBench(base, strangers, task, chosen=strangers.names, method='sum', new={'steps': 1})",
     "MergeBench(base, pool, task, key='one')",
 )
+GAPS = """
+table => [...table.rows].flatMap((row) => [...row.cells].slice(1).map((cell) =>
+    cell.getBoundingClientRect().left - cell.previousElementSibling.getBoundingClientRect().right))
+"""  # between the cells of a row, in pixels
 
 
 def choose(bench, text):
@@ -116,6 +120,8 @@ def test_the_merge_bench_in_jupyterlab(tmp_path):
         expect(bench).to_contain_text("random control: loss")
         settled(bench)
         table = bench.locator("table", has_text="base alone").first
+        page.add_style_tag(content="table { border-collapse: collapse }")  # as pages other than JupyterLab's have it
+        assert min(table.evaluate(GAPS)) > 8
         for row in ("merge", "base alone", "new adapter (steps=8)", "random control (matched by norm)"):
             expect(table.locator("tr", has_text=row).first).to_be_visible()
         expect(bench).to_contain_text("coefficients (steps=12) of 2 adapters")

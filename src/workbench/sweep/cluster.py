@@ -39,8 +39,7 @@ def connected(workers: int | None = None, scheduler: str = "", *, patience: floa
     what a model needs.
 
     Raises:
-        WorkbenchError: Dask is not installed, nobody answers at the scheduler's address, it has no workers, or they run
-            another version of workbench.
+        WorkbenchError: Dask is not installed, nobody answers at the scheduler's address, or it has no workers.
     """
     try:
         import dask
@@ -65,7 +64,7 @@ def connected(workers: int | None = None, scheduler: str = "", *, patience: floa
                     f"no scheduler answers at {scheduler}: {error}; start one with `dask scheduler`"
                 ) from error
             with client:
-                _agreeing(client, scheduler, patience)
+                _staffed(client, scheduler, patience)
                 yield client
             return
         gpus, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
@@ -87,8 +86,8 @@ def connected(workers: int | None = None, scheduler: str = "", *, patience: floa
             yield client
 
 
-def _agreeing(client, scheduler: str, patience: float) -> None:
-    """Wait for a first worker, and see that all that are there agree."""
+def _staffed(client, scheduler: str, patience: float) -> None:
+    """Wait for a first worker."""
     try:
         client.wait_for_workers(1, timeout=patience)
     except TimeoutError as error:
@@ -96,11 +95,10 @@ def _agreeing(client, scheduler: str, patience: float) -> None:
             f"the scheduler at {scheduler} has no workers after {patience:.0f} s; start some with `dask worker {scheduler} "
             f"--nthreads 1 --preload {PRELOAD}`"
         ) from error
-    agreeing(client)
 
 
-def agreeing(client, workers: Sequence[str] | None = None) -> None:
-    """See that workers, by default all, have this process's version of the code.
+def agreeing(client, workers: Sequence[str]) -> None:
+    """See that workers have this process's version of the code.
 
     Raises:
         WorkbenchError: one has not; rows of one sweep would not compare.

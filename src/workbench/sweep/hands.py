@@ -56,7 +56,7 @@ class There:
         try:
             there = list(self.client.nthreads())
             if self.scheduler and (new := [address for address in there if address not in self._seen]):
-                agreeing(self.client, new)  # a job may have waited in its queue until now
+                agreeing(self.client, new)  # of those, too, whose jobs wait in a queue at first
                 self._seen.update(new)
             return [address for address in there if address not in working]
         except WorkbenchError:

@@ -18,7 +18,7 @@ from workbench.widgets.chooser import AdapterChooser
 from workbench.widgets.form import Form
 from workbench.widgets.method import MethodChooser
 from workbench.widgets.outcome import interval_picture, result_rows, result_table, told
-from workbench.widgets.parts import Panel, Picture, sentence, turn
+from workbench.widgets.parts import PLAIN, Panel, Picture, sentence, turn
 from workbench.widgets.work import Tell, Work
 
 __all__ = ["MergeBench"]
@@ -249,7 +249,7 @@ class MergeBench(Panel):
             self._said.value = sentence("The result below is of earlier settings; Merge again.")
         style = "white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;line-height:1.4"
         shown = html.escape("\n".join(blocks))
-        self._code.value = f"<pre class='tex2jax_ignore mathjax_ignore' style='{style}'>{shown}</pre>"
+        self._code.value = f"<pre {PLAIN} style='{style}'>{shown}</pre>"
 
     def _show(self, trial: Trial) -> None:
         self.trial = trial

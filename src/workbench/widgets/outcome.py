@@ -14,6 +14,7 @@ from workbench import metrics
 from workbench.adapters import Adapter
 from workbench.screen import printable
 from workbench.trial import MERGE, NEW, Trial
+from workbench.widgets.parts import PLAIN, SPACED
 
 __all__ = [
     "answers_table",
@@ -26,7 +27,6 @@ __all__ = [
 ]
 
 MOST = 8  # adapters with a heat map
-_PLAIN = "class='tex2jax_ignore mathjax_ignore'"
 
 
 def told(trial: Trial) -> str:
@@ -66,7 +66,7 @@ def result_table(trial: Trial) -> str:
     head = ("", measure, "loss (nats per token)", f"{measure}: merge − this")
     note = "Brackets: 95 %, over these test examples alone; another draw of training examples may come out otherwise."
     return (
-        f"<table role='status' {_PLAIN} style='border-collapse:separate;border-spacing:1em 0;white-space:nowrap'>"
+        f"<table role='status' {PLAIN} style='{SPACED};white-space:nowrap'>"
         f"<caption style='text-align:left;white-space:normal'>{html.escape(told(trial))}</caption>"
         + "<tr>"
         + "".join(f"<th scope='col' style='text-align:left'>{html.escape(one)}</th>" for one in head)
@@ -77,7 +77,7 @@ def result_table(trial: Trial) -> str:
             + "</tr>"
             for what, *cells in result_rows(trial)
         )
-        + f"</table><p {_PLAIN} style='margin:0 1em;opacity:.8'>{html.escape(note)}</p>"
+        + f"</table><p {PLAIN} style='margin:0 1em;opacity:.8'>{html.escape(note)}</p>"
     )
 
 
@@ -155,7 +155,7 @@ def answers_table(answers: Mapping[str, str]) -> str:
         for text in answers.values()
     )
     return (
-        f"<table role='status' {_PLAIN} style='width:100%;table-layout:fixed'><tr>{heads}</tr><tr>{cells}</tr></table>"
+        f"<table role='status' {PLAIN} style='width:100%;table-layout:fixed'><tr>{heads}</tr><tr>{cells}</tr></table>"
     )
 
 

@@ -20,11 +20,13 @@ from workbench.base import Base
 from workbench.errors import BaseError
 from workbench.screen import printable
 
-__all__ = ["DPI", "MEMORY", "Panel", "Picture", "label", "png", "sentence", "turn"]
+__all__ = ["DPI", "MEMORY", "PLAIN", "SPACED", "Panel", "Picture", "label", "png", "sentence", "turn"]
 
 DPI = 100
 # (class name, key) → the settings of the last control made with that key in this kernel; the next one takes them up.
 MEMORY: dict[tuple[str, str], dict] = {}
+PLAIN = "class='tex2jax_ignore mathjax_ignore'"  # an element whose text is not read as mathematics
+SPACED = "border-collapse:separate;border-spacing:1em 0"  # a table's gaps, whatever the page's own tables have
 
 _NO_MATHS = str.maketrans({"$": "[dollar]", "\\": "∖"})
 
@@ -36,7 +38,7 @@ def label(text: str, limit: int = 60) -> str:
 
 def sentence(text: str, tag: str = "span", role: str = "status") -> str:
     """Escaped text as an HTML element that screen readers announce when it changes."""
-    return f'<{tag} role="{role}" class="tex2jax_ignore mathjax_ignore">{html.escape(text)}</{tag}>'
+    return f'<{tag} role="{role}" {PLAIN}>{html.escape(text)}</{tag}>'
 
 
 _TURNS: WeakKeyDictionary = WeakKeyDictionary()  # a base's model → whose turn it is among the controls
@@ -134,7 +136,7 @@ class Panel(ipywidgets.VBox):
         self._message.value = (
             sentence(f"This could not be computed: {reason}", "strong", "alert")
             + "<details><summary>In full</summary>"
-            + f"<pre class='tex2jax_ignore mathjax_ignore'>{html.escape(whole)}</pre></details>"
+            + f"<pre {PLAIN}>{html.escape(whole)}</pre></details>"
         )
 
     def remember(self, settings: dict) -> None:

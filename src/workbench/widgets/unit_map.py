@@ -17,6 +17,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from workbench.screen import printable
+from workbench.widgets.parts import PLAIN
 
 __all__ = ["Colours", "UnitMap", "by_number", "by_value"]
 
@@ -151,9 +152,7 @@ class UnitMap(ipywidgets.VBox):
             for colour, words in colours.legend
         )
         style = "max-height:30em;overflow:auto;line-height:1.35;font-size:smaller;overflow-wrap:anywhere"
-        self.legend.value = (
-            f"<div class='tex2jax_ignore mathjax_ignore' tabindex='0' aria-label='Colours' style='{style}'>{rows}</div>"
-        )
+        self.legend.value = f"<div {PLAIN} tabindex='0' aria-label='Colours' style='{style}'>{rows}</div>"
 
 
 def _share(values: np.ndarray, low: float | None = None) -> np.ndarray:

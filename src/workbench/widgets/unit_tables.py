@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 
 from workbench.screen import printable
+from workbench.widgets.parts import PLAIN
 
 __all__ = ["layered", "member_rows", "picked_rows", "said_of_clusters", "said_of_unit", "scrolling", "told_apart"]
 
@@ -114,7 +115,7 @@ def scrolling(name: str, heads: Sequence[str], rows: Sequence[Sequence[str]], he
         for row in rows
     )
     return (
-        f"<div role='region' aria-label='{name}' tabindex='0' class='tex2jax_ignore mathjax_ignore' "
+        f"<div role='region' aria-label='{name}' tabindex='0' {PLAIN} "
         f"style='max-height:{height};overflow:auto;line-height:1.3;font-size:smaller'>"
         f"<table><tr>{head}</tr>{body}</table></div>"
     )

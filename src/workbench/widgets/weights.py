@@ -21,7 +21,7 @@ from workbench.licences import gathered
 from workbench.screen import printable
 from workbench.stack import Stack
 from workbench.tasks import Task
-from workbench.widgets.parts import Panel, Picture, label, sentence, turn
+from workbench.widgets.parts import PLAIN, SPACED, Panel, Picture, label, sentence, turn
 
 __all__ = ["WeightExplorer", "loss_curve"]
 
@@ -173,7 +173,7 @@ class WeightExplorer(Panel):
             for what, loss, match in self._rows()
         )
         self.numbers.value = (
-            "<table role='status' class='tex2jax_ignore mathjax_ignore' style='border-collapse:separate;border-spacing:1em 0'>"
+            f"<table role='status' {PLAIN} style='{SPACED}'>"
             f"<caption style='text-align:left'>{html.escape(self._what)}</caption>"
             "<tr><th></th><th scope='col'>loss (nats per answer token)</th><th scope='col'>exact match</th></tr>"
             f"{cells}</table>"
